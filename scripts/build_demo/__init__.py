@@ -1,0 +1,1 @@
+"""Rebuilds the embedded default: the checkpoints and prompts in ``src/fourscore/demo``."""

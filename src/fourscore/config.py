@@ -1,0 +1,491 @@
+"""The three dataclasses a run is configured by, and all the checks that need no weights.
+
+Field names, meanings and defaults are TRL 1.12's, so that its PPO scripts and command lines work with a changed import;
+`fourscore.config_fields` lists the differences.
+"""
+
+# ruff: noqa: RUF009  (_flag and _option are dataclasses.field with the help string filled in)
+
+import argparse
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fourscore import demo
+from fourscore.config_fields import FIELDS, field_default, help_text
+from fourscore.errors import FourscoreError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+DERIVED_FIELDS = (
+    "world_size",
+    "num_total_batches",
+    "micro_batch_size",
+    "local_batch_size",
+    "batch_size",
+    "local_mini_batch_size",
+    "mini_batch_size",
+)
+"""`PPOConfig` fields that `resolve_batches` computes. They are no settings: a saved configuration leaves them out."""
+
+
+def _flag(name: str, default: Any, **metadata: Any) -> Any:
+    """A `PPOConfig` field whose help string comes from the table of fields."""
+    return field(default=default, metadata={"help": help_text(name), **metadata})
+
+
+def _option(help: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+class _Switch(argparse.Action):
+    """`--name [BOOL]` and `--no_name` of one field that is None when neither is given.
+
+    `HfArgumentParser` makes `--no_name` only for fields that are True by default, which cannot tell an unset flag.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        negated = (option_string or "").startswith("--no")
+        setattr(namespace, self.dest, values is not True if negated else values)
+
+
+def _require(ok: bool, name: str, value: Any, must: str) -> None:
+    if not ok:
+        raise FourscoreError(f"--{name} {value}: {must}")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    shown = ", ".join(str(choice) for choice in choices if choice is not None)
+    _require(value in choices, name, value, f"must be one of {shown}")
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoints are loaded and how: TRL 1.12's fields, and two more.
+
+    Raises:
+        FourscoreError: a value out of range, or two that exclude each other.
+    """
+
+    model_name_or_path: str | None = _option(
+        "Tokenizer to use (default: the one of sft_model_path). Models come from the two paths below.", None
+    )
+    model_revision: str = _option("Branch, tag or commit of hub checkpoints.", "main")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _option(
+        "Type of frozen weights; what trains is float32 in any case.", "float32"
+    )
+    attn_implementation: str | None = _option("Attention, such as sdpa, eager or flash_attention_2.", None)
+    trust_remote_code: bool = _option("Run model code that comes with a checkpoint.", False)
+    allow_untrained_reward_head: bool = _option(
+        "Accept a reward checkpoint without a trained score head (its scores are noise).", False
+    )
+    use_peft: bool = _option("Train LoRA adapters; the policy without its own is the reference.", False)
+    lora_r: int = _option("LoRA rank.", 16)
+    lora_alpha: int = _option("LoRA alpha.", 32)
+    lora_dropout: float = _option("LoRA dropout; taken as 0, PPO needs the policy that was sampled.", 0.05)
+    lora_target_modules: list[str] | None = _option(
+        "Modules that get an adapter, or all-linear (default: PEFT's for the architecture).", None
+    )
+    lora_target_parameters: list[str] | None = _option("Parameters that get an adapter (experts of an MoE).", None)
+    lora_modules_to_save: list[str] | None = _option("Modules of the policy that train in full.", None)
+    lora_task_type: str = _option("PEFT task type of the policy; the value model's is SEQ_CLS.", "CAUSAL_LM")
+    use_rslora: bool = _option("Scale adapters by alpha/sqrt(r), not alpha/r.", False)
+    use_dora: bool = _option("DoRA: train magnitude and direction of weights apart.", False)
+    load_in_8bit: bool = _option("Quantize frozen weights to 8 bits; needs use_peft.", False)
+    load_in_4bit: bool = _option("Quantize frozen weights to 4 bits; needs use_peft.", False)
+    bnb_4bit_quant_type: Literal["fp4", "nf4"] = _option("4-bit number format.", "nf4")
+    use_bnb_nested_quant: bool = _option("Quantize the quantization constants too.", False)
+    bnb_4bit_quant_storage: str | None = _option("Type that 4-bit weights are stored as.", None)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.load_in_8bit and self.load_in_4bit:
+            raise FourscoreError("--load_in_8bit and --load_in_4bit exclude each other: drop one")
+        _require_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", None))
+        _require_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("fp4", "nf4"))
+        _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be from 0 to below 1")
+        # One name may be a keyword ("all-linear") or a regular expression; PEFT takes those as a string only.
+        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+            self.lora_target_modules = self.lora_target_modules[0]  # type: ignore[assignment]
+
+
+@dataclass
+class ScriptArguments:
+    """Where the prompts come from: TRL 1.12's fields, and two more.
+
+    Raises:
+        FourscoreError: `dataset_streaming` is set.
+    """
+
+    dataset_name: str | None = _option("Prompts: hub name, file or folder (default: those that ship).", None)
+    dataset_config: str | None = _option("Configuration of a hub dataset.", None)
+    dataset_train_split: str = _option("Split to train on.", "train")
+    dataset_test_split: str = _option("Split to evaluate on.", "test")
+    eval_dataset_name: str | None = _option("Prompts to evaluate on, if in another place.", None)
+    prompt_column: str = _option("Column of the prompts: text, a conversation or token ids.", "prompt")
+    dataset_streaming: bool = _option("Not supported: the number of prompts sets the length of a run.", False)
+    ignore_bias_buffers: bool = _option("Accepted, has no effect: buffers are not broadcast.", False)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.dataset_streaming:
+            raise FourscoreError(
+                "--dataset_streaming is not supported, the number of prompts sets the length of a run: "
+                "drop it, or save the prompts you want to a .jsonl file"
+            )
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Everything about a PPO run but its models and data.
+
+    TRL 1.12's `PPOConfig` on top of `transformers.TrainingArguments`. `fourscore.config_fields.FIELDS` says of every
+    field whether it is honoured, changed or refused.
+
+    Raises:
+        FourscoreError: a value out of range, or any but the default for a field that is refused.
+    """
+
+    # Models
+    sft_model_path: str | None = _flag("sft_model_path", None)
+    reward_model_path: str | None = _flag("reward_model_path", None)
+    model_adapter_name: str | None = _flag("model_adapter_name", None)
+    ref_adapter_name: str | None = _flag("ref_adapter_name", None)
+    value_training: Literal["adapter", "full"] = _flag("value_training", "adapter")
+
+    # Rollout
+    response_length: int = _flag("response_length", 53)
+    temperature: float = _flag("temperature", 0.7)
+    stop_token: Literal["eos", "none"] | None = _flag("stop_token", "eos")
+    stop_token_id: int | None = _flag("stop_token_id", None)
+    missing_eos_penalty: float | None = _flag("missing_eos_penalty", None)
+    max_prompt_length: int | None = _flag("max_prompt_length", None)
+    max_prompt_length_action: Literal["drop", "truncate"] = _flag("max_prompt_length_action", "drop")
+    local_rollout_forward_batch_size: int = _flag("local_rollout_forward_batch_size", 64)
+    dataset_num_proc: int | None = _flag("dataset_num_proc", None)
+    num_sample_generations: int = _flag("num_sample_generations", 10)
+
+    # PPO
+    num_ppo_epochs: int = _flag("num_ppo_epochs", 4)
+    num_mini_batches: int = _flag("num_mini_batches", 1)
+    kl_coef: float = _flag("kl_coef", 0.05)
+    kl_estimator: Literal["k1", "k3"] = _flag("kl_estimator", "k1")
+    cliprange: float = _flag("cliprange", 0.2)
+    cliprange_value: float = _flag("cliprange_value", 0.2)
+    vf_coef: float = _flag("vf_coef", 0.1)
+    gamma: float = _flag("gamma", 1.0)
+    lam: float = _flag("lam", 0.95)
+    whiten_rewards: bool = _flag("whiten_rewards", False)
+
+    # Batch and length
+    total_episodes: int | None = _flag("total_episodes", None)
+    world_size: int | None = _flag("world_size", None)
+    num_total_batches: int | None = _flag("num_total_batches", None)
+    micro_batch_size: int | None = _flag("micro_batch_size", None)
+    local_batch_size: int | None = _flag("local_batch_size", None)
+    batch_size: int | None = _flag("batch_size", None)
+    local_mini_batch_size: int | None = _flag("local_mini_batch_size", None)
+    mini_batch_size: int | None = _flag("mini_batch_size", None)
+
+    # Inherited fields with another default. `push_to_hub` is here because TRL's class declares it too.
+    output_dir: str | None = _flag("output_dir", None)
+    learning_rate: float = _flag("learning_rate", 3e-6)
+    logging_steps: float = _flag("logging_steps", 1)
+    push_to_hub: bool = _flag("push_to_hub", False)
+    bf16: bool | None = _flag("bf16", None, nargs="?", const=True)
+    ds3_gather_for_generation: bool = _flag("ds3_gather_for_generation", True)
+
+    # transformers 5.23 has both names, before that there is the old one alone. Declared here, both always work.
+    activation_checkpointing: bool | None = _flag("activation_checkpointing", None, nargs="?", const=True)
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = _flag("activation_checkpointing_kwargs", None)
+    gradient_checkpointing: bool | None = _flag(
+        "gradient_checkpointing",
+        None,
+        nargs="?",
+        const=True,
+        action=_Switch,
+        aliases=["--no_gradient_checkpointing", "--no-gradient-checkpointing"],
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = _flag("gradient_checkpointing_kwargs", None)
+
+    def __post_init__(self) -> None:
+        """Check the values and put in those that depend on the machine."""
+        self._refuse_deepspeed()
+        self._refuse_fields()
+        self._check_values()
+
+        self.output_dir = os.path.join("runs", "ppo") if self.output_dir is None else str(self.output_dir)
+        self.sft_model_path = str(demo.POLICY if self.sft_model_path is None else self.sft_model_path)
+        self.reward_model_path = str(demo.REWARD if self.reward_model_path is None else self.reward_model_path)
+        # "none" is how a command line says None; a stop token id stands in for either.
+        if self.stop_token == "none" or self.stop_token_id is not None:
+            self.stop_token = None
+
+        accelerated = _has_accelerator() and not self.use_cpu
+        self._resolve_checkpointing(accelerated)
+        launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16 is None:
+            if launcher_precision not in ("no", "bf16"):
+                raise FourscoreError(
+                    f"accelerate launch --mixed_precision {launcher_precision} is not supported: use bf16 or no"
+                )
+            supported = accelerated and bool(is_torch_bf16_gpu_available())
+            self.bf16 = supported or launcher_precision == "bf16"
+        emulated = bool(self.bf16) and not accelerated
+        if emulated:
+            warnings.warn("--bf16 on a CPU is emulated and slow: leave it out to train in float32", stacklevel=3)
+
+        # transformers refuses bf16 where there is no accelerator unless use_cpu is set, which is no more than caution.
+        self.bf16 = bool(self.bf16) and not emulated
+        super().__post_init__()
+        self.bf16 = self.bf16 or emulated
+        self.mixed_precision = "bf16" if self.bf16 else "no"
+
+        self._refuse_fsdp1()
+        self._check_schedules()
+        self._check_derived()
+        self.world_size = self._num_processes()
+
+    def resolve_batches(self, num_prompts: int, world_size: int) -> None:
+        """Compute the batch sizes and the number of updates.
+
+        Sizes count samples. With `local_batch_size = per_device_train_batch_size * gradient_accumulation_steps`:
+        `batch_size` is that over all processes, a minibatch one of `num_mini_batches` equal parts of it, and
+        `num_total_batches` the updates that make up `total_episodes`, the last one included even if it goes beyond.
+
+        Args:
+            num_prompts: prompts in the training set.
+            world_size: number of processes.
+
+        Raises:
+            FourscoreError: `num_mini_batches` does not divide the batch, or there are no prompts.
+        """
+        if num_prompts < 1:
+            raise FourscoreError("--dataset_name: there is no prompt to train on")
+        for name, size in self._batch_sizes(world_size).items():
+            setattr(self, name, size)
+        assert self.batch_size is not None
+        if self.max_steps > 0:
+            self.num_total_batches = self.max_steps
+            self.total_episodes = self.max_steps * self.batch_size
+            return
+        if self.total_episodes is None:
+            self.total_episodes = int(self.num_train_epochs * num_prompts)
+        if self.total_episodes < 1:
+            raise FourscoreError(
+                f"--num_train_epochs {self.num_train_epochs} of {num_prompts} prompts is not one sample: raise it"
+            )
+        self.num_total_batches = math.ceil(self.total_episodes / self.batch_size)
+
+    def _batch_sizes(self, world_size: int) -> dict[str, int]:
+        local = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if local % self.num_mini_batches:
+            raise FourscoreError(
+                f"--num_mini_batches {self.num_mini_batches} does not divide the {local} samples of an update per "
+                f"process (--per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}): change one of the three"
+            )
+        return {
+            "world_size": world_size,
+            "micro_batch_size": self.per_device_train_batch_size * world_size,
+            "local_batch_size": local,
+            "batch_size": local * world_size,
+            "local_mini_batch_size": local // self.num_mini_batches,
+            "mini_batch_size": local * world_size // self.num_mini_batches,
+        }
+
+    def _num_processes(self) -> int:
+        return self.distributed_state.num_processes if self.distributed_state is not None else 1
+
+    def _check_derived(self) -> None:
+        """Refuse derived fields, except what `dataclasses.replace` of a resolved configuration hands back."""
+        given = {name: getattr(self, name) for name in DERIVED_FIELDS if getattr(self, name) is not None}
+        if not given:
+            return
+        expected: dict[str, int | None] = dict(self._batch_sizes(self._num_processes()))
+        expected["num_total_batches"] = self.max_steps if self.max_steps > 0 else None
+        if expected["num_total_batches"] is None and self.total_episodes is not None:
+            expected["num_total_batches"] = math.ceil(self.total_episodes / (expected["batch_size"] or 1))
+        for name, value in given.items():
+            _require(value == expected[name], name, value, FIELDS[name].note)
+
+    def _refuse_deepspeed(self) -> None:
+        by_launcher = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if not self.deepspeed and not by_launcher:
+            return
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+        if isinstance(self.deepspeed, dict):
+            stage = str(self.deepspeed.get("zero_optimization", {}).get("stage", stage))
+        reshard = "true" if stage == "3" else "false"
+        source = "--deepspeed" if self.deepspeed else "the DeepSpeed configuration of accelerate launch"
+        raise FourscoreError(
+            f"{source} is not supported (it takes one trained model, PPO has two): use accelerate launch --use_fsdp "
+            f"--fsdp_version 2 --fsdp_reshard_after_forward {reshard} --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+        )
+
+    def _refuse_fields(self) -> None:
+        for item in fields(self):
+            note = FIELDS.get(item.name)
+            if note is None or note.status != "refused" or item.name in DERIVED_FIELDS:
+                continue
+            value, default = getattr(self, item.name), field_default(item)
+            # A field that transformers has normalized already (replace() of a finished configuration) is still unset.
+            unset = value == default or (not value and not default) or value == AcceleratorConfig()
+            _require(unset, item.name, value, note.note)
+
+    def _refuse_fsdp1(self) -> None:
+        environment = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        version: Any = os.environ.get("FSDP_VERSION", "1") if environment else "2"
+        if self.fsdp and isinstance(self.fsdp_config, dict):
+            version = self.fsdp_config.get("version", 2)
+        if str(version) != "2":
+            raise FourscoreError(
+                "FSDP version 1 is not supported: use accelerate launch --use_fsdp --fsdp_version 2, "
+                'or "version": 2 in --fsdp_config'
+            )
+
+    def _resolve_checkpointing(self, accelerated: bool) -> None:
+        pairs = (
+            ("activation_checkpointing", "gradient_checkpointing"),
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        )
+        for new, old in pairs:
+            value = getattr(self, old) if getattr(self, new) is None else getattr(self, new)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise FourscoreError(f"--{old} {value}: is not JSON ({error})") from None
+            if new == "activation_checkpointing" and value is None:
+                value = accelerated
+            setattr(self, new, value)
+            setattr(self, old, value)
+
+    def _check_values(self) -> None:
+        at_least_one = (
+            "response_length",
+            "local_rollout_forward_batch_size",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "total_episodes",
+            "max_prompt_length",
+            "dataset_num_proc",
+            "save_total_limit",
+        )
+        above_zero = ("temperature", "cliprange", "cliprange_value", "missing_eos_penalty", "num_train_epochs")
+        not_negative = (
+            "stop_token_id",
+            "kl_coef",
+            "vf_coef",
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "num_sample_generations",
+        )
+        for names, holds, must in (
+            (at_least_one, lambda value: value >= 1, "must be at least 1"),
+            (above_zero, lambda value: value > 0, "must be above 0"),
+            (not_negative, lambda value: value >= 0, "must not be negative"),
+            (("gamma", "lam"), lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None:
+                    _require(holds(value) and math.isfinite(value), name, value, must)
+        _require_choice("kl_estimator", self.kl_estimator, ("k1", "k3"))
+        _require_choice("value_training", self.value_training, ("adapter", "full"))
+        _require_choice("stop_token", self.stop_token, ("eos", "none", None))
+        _require_choice("max_prompt_length_action", self.max_prompt_length_action, ("drop", "truncate"))
+
+    def _check_schedules(self) -> None:
+        """Refuse the values of otherwise supported fields that the training loop has no moment or metric for."""
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            value = getattr(self, name).value
+            _require(value in ("no", "steps"), name, value, "must be no or steps: PPO counts updates")
+        scheduler = self.lr_scheduler_type.value
+        follows = scheduler in ("reduce_lr_on_plateau", "greedy")
+        _require(not follows, "lr_scheduler_type", scheduler, "follows an evaluation loss, which PPO lacks: try linear")
+        optimizer = self.optim.value
+        special = optimizer.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free"))
+        _require(not special, "optim", optimizer, "is not supported: try adamw_torch or a bitsandbytes optimizer")
+
+
+def _has_accelerator() -> bool:
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return False
+    return torch.accelerator.is_available()
+
+
+def get_peft_config(model_args: ModelConfig) -> "LoraConfig | None":
+    """The LoRA configuration of the policy, or None without `use_peft`."""
+    if not model_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=model_args.lora_task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        bias="none",
+    )
+
+
+def get_quantization_config(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
+    """The bitsandbytes configuration of frozen weights, or None without `load_in_4bit` or `load_in_8bit`.
+
+    Heads stay as they are: a quantized score head could not train.
+    """
+    if not model_args.load_in_4bit and not model_args.load_in_8bit:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    heads = ["lm_head", "score"]
+    if model_args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
+    compute_dtype = model_args.dtype
+    if compute_dtype in (None, "auto"):
+        compute_dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=heads,
+    )
+
+
+def get_kbit_device_map() -> dict[str, int] | None:
+    """The device map of a quantized model: all of it on this process's accelerator. None on a CPU."""
+    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type not in ("cuda", "xpu"):
+        return None
+    from accelerate import PartialState
+
+    return {"": PartialState().local_process_index}

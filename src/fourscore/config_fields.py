@@ -1,0 +1,414 @@
+"""What becomes of every `PPOConfig` field: the text of `--help`, of error messages and of `docs/config.md`.
+
+`python -m fourscore.config_fields` writes `docs/config.md` and the text that `fourscore ppo --help` prints. Nothing
+here imports transformers when the module is loaded, so that `fourscore.config` can take its help strings from here.
+"""
+
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["honoured", "changed", "refused"]
+
+
+@dataclass(frozen=True)
+class FieldNote:
+    """One field of `PPOConfig`.
+
+    Attributes:
+        status: `honoured` (does what TRL and transformers say it does), `changed` (accepted, but its default or its
+            effect differs; `note` says how) or `refused` (any other value than the default raises `FourscoreError`).
+        help: what the field is, short enough for `--help`.
+        note: how it differs, or why it is refused and what to use instead. Empty when there is nothing to add.
+    """
+
+    status: Status
+    help: str
+    note: str = ""
+
+
+def _honoured(help: str, note: str = "") -> FieldNote:
+    return FieldNote("honoured", help, note)
+
+
+def _changed(help: str, note: str) -> FieldNote:
+    return FieldNote("changed", help, note)
+
+
+def _refused(help: str, note: str) -> FieldNote:
+    return FieldNote("refused", help, note)
+
+
+GROUPS: dict[str, dict[str, FieldNote]] = {
+    "Models": {
+        "sft_model_path": _changed(
+            "Policy and reference: a causal LM, hub name or folder.",
+            "Default: the checkpoint that ships with fourscore (TRL: EleutherAI/pythia-160m).",
+        ),
+        "reward_model_path": _changed(
+            "Reward and value model: a sequence classifier with one label, hub name or folder.",
+            "Default: the checkpoint that ships with fourscore (TRL: EleutherAI/pythia-160m).",
+        ),
+        "model_adapter_name": _honoured("Name of the adapter to train, for a policy with several."),
+        "ref_adapter_name": _honoured("Name of the adapter that is the reference, for a policy with several."),
+        "value_training": _changed(
+            "With PEFT, the value model trains an adapter and its head, or all of it (full).",
+            "Not in TRL, which trains the whole value model.",
+        ),
+    },
+    "Rollout": {
+        "response_length": _honoured("Most tokens in a completion."),
+        "temperature": _honoured("Sampling temperature."),
+        "stop_token": _changed(
+            "What ends a completion: the EOS token, or nothing but its length.",
+            "Default: eos (TRL: no stop token, so that every completion has response_length tokens).",
+        ),
+        "stop_token_id": _changed(
+            "Token id that ends a completion.", "Takes the place of stop_token (TRL refuses the two together)."
+        ),
+        "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
+        "max_prompt_length": _changed("Most tokens in a prompt.", "Not in TRL."),
+        "max_prompt_length_action": _changed(
+            "What to do with longer prompts; truncate keeps their end.", "Not in TRL, which uses prompts of any length."
+        ),
+        "local_rollout_forward_batch_size": _honoured("Samples in one forward pass without gradients, per process."),
+        "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
+    },
+    "PPO": {
+        "num_ppo_epochs": _honoured("Passes over each rollout batch."),
+        "num_mini_batches": _changed(
+            "Optimizer steps in each of those passes.",
+            "The batch is really split into this many optimizer steps; TRL steps once per "
+            "gradient_accumulation_steps microbatches whatever is set here.",
+        ),
+        "kl_coef": _honoured("Weight of the per-token KL penalty in the reward."),
+        "kl_estimator": _honoured("KL estimate: k1 (unbiased) or k3 (unbiased, less variance)."),
+        "cliprange": _honoured("Clip range of the policy ratio."),
+        "cliprange_value": _honoured("Clip range of the value prediction."),
+        "vf_coef": _honoured("Weight of the value loss."),
+        "gamma": _honoured("Discount factor."),
+        "lam": _honoured("GAE lambda."),
+        "whiten_rewards": _honoured("Whiten rewards before advantages are computed."),
+    },
+    "Batch and length": {
+        "per_device_train_batch_size": _honoured("Samples in one forward/backward pass, per process."),
+        "gradient_accumulation_steps": _honoured("Such passes in one rollout batch."),
+        "per_device_eval_batch_size": _honoured("Prompts generated and scored at a time in evaluation."),
+        "total_episodes": _honoured("Samples to train on (default: num_train_epochs times the prompts)."),
+        "num_train_epochs": _honoured("Passes over the prompts; total_episodes and max_steps override it."),
+        "max_steps": _changed(
+            "Updates (rollout batches) to run; overrides total_episodes.",
+            "Counts updates; without effect in TRL's PPO.",
+        ),
+        "world_size": _refused("Number of processes.", "It is computed: start the processes with accelerate launch."),
+        "num_total_batches": _refused("Number of updates.", "It is computed: use --max_steps or --total_episodes."),
+        "micro_batch_size": _refused(
+            "per_device_train_batch_size over all processes.",
+            "It is computed: use --per_device_train_batch_size.",
+        ),
+        "local_batch_size": _refused(
+            "Samples of an update, per process.",
+            "It is computed: use --per_device_train_batch_size and --gradient_accumulation_steps.",
+        ),
+        "batch_size": _refused(
+            "Samples of an update, over all processes.",
+            "It is computed: use --per_device_train_batch_size and --gradient_accumulation_steps.",
+        ),
+        "local_mini_batch_size": _refused(
+            "Samples of an optimizer step, per process.", "It is computed: use --num_mini_batches."
+        ),
+        "mini_batch_size": _refused(
+            "Samples of an optimizer step, over all processes.", "It is computed: use --num_mini_batches."
+        ),
+    },
+    "Optimisation": {
+        "learning_rate": _honoured("Peak learning rate of policy and value model."),
+        "lr_scheduler_type": _changed(
+            "Learning rate schedule, by its transformers name; one step an update.",
+            "reduce_lr_on_plateau and greedy are refused: PPO has no evaluation loss that they could follow.",
+        ),
+        "lr_scheduler_kwargs": _honoured("Arguments of the scheduler, as JSON."),
+        "warmup_steps": _honoured("Updates of linear warmup; below 1 a share of all updates."),
+        "optim": _changed(
+            "Optimizer, by its transformers name.",
+            "Those that change the backward pass or need modes of their own (galore, apollo, lomo, schedule_free) are "
+            "refused.",
+        ),
+        "optim_args": _honoured("Arguments of the optimizer, as key=value pairs."),
+        "weight_decay": _honoured("Weight decay."),
+        "adam_beta1": _honoured("Adam beta 1."),
+        "adam_beta2": _honoured("Adam beta 2."),
+        "adam_epsilon": _honoured("Adam epsilon."),
+        "max_grad_norm": _changed(
+            "Gradient norm to clip to, for policy and value model each; 0: off.", "Without effect in TRL's PPO."
+        ),
+        "optim_target_modules": _refused(
+            "Modules for GaLore or APOLLO.", "These optimizers are not supported: --use_peft saves optimizer memory."
+        ),
+        "label_smoothing_factor": _refused("Label smoothing.", "PPO has no labels: leave it out."),
+        "neftune_noise_alpha": _refused(
+            "NEFTune noise.", "It would make the policy differ from the one that was sampled: leave it out."
+        ),
+        "average_tokens_across_devices": _refused(
+            "Mean over the tokens of all processes.",
+            "It cannot be turned off: losses are means over the tokens of all processes.",
+        ),
+    },
+    "Precision and memory": {
+        "bf16": _changed(
+            "bfloat16 autocast (default: on where the accelerator has it).",
+            "Unset means on for an accelerator with bfloat16 (or with accelerate launch --mixed_precision bf16), else off "
+            "(TRL: always on, an error on a CPU). On a CPU it is emulated and slow.",
+        ),
+        "fp16": _refused("float16 autocast.", "Loss scaling is not supported: use --bf16, or neither."),
+        "bf16_full_eval": _refused("bfloat16 evaluation.", "Evaluation has the precision of training: use --bf16."),
+        "fp16_full_eval": _refused("float16 evaluation.", "Evaluation has the precision of training: use --bf16."),
+        "tf32": _honoured("TF32 matrix products on CUDA."),
+        "gradient_checkpointing": _changed(
+            "Recompute activations to save memory (default: on, off on a CPU).",
+            "Unset means on for an accelerator, off on a CPU (TRL: on).",
+        ),
+        "activation_checkpointing": _changed(
+            "Newer name of gradient_checkpointing.",
+            "Unset means on for an accelerator, off on a CPU. Works with every supported transformers version.",
+        ),
+        "gradient_checkpointing_kwargs": _honoured("Arguments of gradient checkpointing, as JSON."),
+        "activation_checkpointing_kwargs": _honoured("Newer name of gradient_checkpointing_kwargs."),
+        "torch_empty_cache_steps": _honoured("Empty the accelerator's cache every so many updates."),
+        "auto_find_batch_size": _refused(
+            "Lower the batch size on out-of-memory errors.",
+            "It would change the update: lower --per_device_train_batch_size and raise --gradient_accumulation_steps.",
+        ),
+        "torch_compile": _refused(
+            "torch.compile.", "Samples of many lengths would recompile at almost every step: leave it out."
+        ),
+        "torch_compile_backend": _refused("torch.compile backend.", "torch.compile is not supported: leave it out."),
+        "torch_compile_mode": _refused("torch.compile mode.", "torch.compile is not supported: leave it out."),
+        "use_liger_kernel": _refused(
+            "Liger kernels.", "Their fused loss is cross-entropy, which PPO does not use: leave it out."
+        ),
+        "liger_kernel_config": _refused("Options of Liger kernels.", "They are not supported: leave it out."),
+        "use_cache": _changed(
+            "Key-value cache.", "Accepted, has no effect: generation always has a cache, training never."
+        ),
+    },
+    "Logging, evaluation and saving": {
+        "output_dir": _changed("Directory of the run.", "Default: runs/ppo (TRL: trainer_output)."),
+        "resume_from_checkpoint": _changed(
+            "Continue from a checkpoint folder, or true for the last one.",
+            "fourscore ppo hands it to train(); TRL's PPO cannot resume.",
+        ),
+        "seed": _honoured("Seed of sampling, shuffling and new heads and adapters."),
+        "data_seed": _honoured("Seed of the order of the prompts (default: seed)."),
+        "full_determinism": _honoured("Deterministic kernels; slower."),
+        "logging_strategy": _changed(
+            "When to report.",
+            "epoch is refused: use steps. Rules report_to and the console; metrics.jsonl has a line for every update.",
+        ),
+        "logging_steps": _changed(
+            "Report every so many updates.", "Default: 1 (TRL: 10). metrics.jsonl has a line for every update."
+        ),
+        "logging_first_step": _honoured("Report the first update too."),
+        "report_to": _honoured("Trackers to report to, such as trackio, wandb, tensorboard."),
+        "run_name": _honoured("Name of the run in trackers."),
+        "project": _honoured("Project of the run in trackers."),
+        "trackio_space_id": _honoured("Space that trackio reports to."),
+        "trackio_bucket_id": _honoured("Bucket that trackio reports to."),
+        "trackio_static_space_id": _honoured("Static space that trackio publishes to."),
+        "disable_tqdm": _honoured("No progress bar."),
+        "log_level": _honoured("Log level of the main process."),
+        "log_level_replica": _honoured("Log level of the other processes."),
+        "log_on_each_node": _honoured("Whether the first process of every node takes log_level."),
+        "logging_nan_inf_filter": _changed(
+            "Filter NaN and infinity from logs.", "Accepted, has no effect: nothing is filtered."
+        ),
+        "include_num_input_tokens_seen": _changed(
+            "Count input tokens.", "Accepted, has no effect: tokens/prompt and tokens/completion are always logged."
+        ),
+        "skip_memory_metrics": _changed(
+            "No memory metrics.", "Accepted, has no effect: memory/peak_gib is always logged."
+        ),
+        "num_sample_generations": _honoured("Times in a run that sample completions are written down; 0: never."),
+        "eval_strategy": _changed("When to evaluate.", "epoch is refused: use steps."),
+        "eval_steps": _honoured("Evaluate every so many updates (default: logging_steps)."),
+        "eval_delay": _honoured("Updates before the first evaluation."),
+        "eval_on_start": _honoured("Evaluate before the first update."),
+        "eval_accumulation_steps": _changed("Moves predictions to the CPU.", "Accepted, has no effect."),
+        "eval_do_concat_batches": _changed("How predictions are collected.", "Accepted, has no effect."),
+        "eval_use_gather_object": _changed("How predictions are collected.", "Accepted, has no effect."),
+        "prediction_loss_only": _changed("Only the loss in evaluation.", "Accepted, has no effect."),
+        "include_for_metrics": _refused(
+            "Inputs of compute_metrics.", "There is no compute_metrics: evaluation reports scores and KL."
+        ),
+        "batch_eval_metrics": _refused(
+            "compute_metrics per batch.", "There is no compute_metrics: evaluation reports scores and KL."
+        ),
+        "save_strategy": _changed("When to save checkpoints.", "epoch and best are refused: use steps."),
+        "save_steps": _honoured("Save a checkpoint every so many updates; below 1 a share of all updates."),
+        "save_total_limit": _honoured("Checkpoints to keep."),
+        "save_only_model": _honoured("Checkpoints without optimizer state: smaller, cannot be resumed."),
+        "save_on_each_node": _refused(
+            "Every node saves.", "The first process alone writes: use an output directory that all nodes share."
+        ),
+        "enable_jit_checkpoint": _refused("Save on SIGTERM.", "It is not supported: use --save_steps."),
+        "load_best_model_at_end": _refused(
+            "Load the best checkpoint at the end.", "There is no best one to PPO: pick one from metrics.jsonl."
+        ),
+        "metric_for_best_model": _refused(
+            "Metric of the best checkpoint.", "There is no best one to PPO: pick one from metrics.jsonl."
+        ),
+        "greater_is_better": _refused(
+            "Direction of that metric.", "There is no best one to PPO: pick one from metrics.jsonl."
+        ),
+        "ignore_data_skip": _refused(
+            "Start the data over when resuming.", "A resumed run goes on with the prompts that come next."
+        ),
+        "restore_callback_states_from_checkpoint": _changed(
+            "Restore callbacks when resuming.", "Accepted, has no effect: they are always restored."
+        ),
+    },
+    "Hub": {
+        "push_to_hub": _honoured("Push the trained policy to the hub."),
+        "hub_model_id": _honoured("Repository to push to (default: the name of output_dir)."),
+        "hub_strategy": _honoured("What to push and when."),
+        "hub_token": _honoured("Token to push with; never written to a run directory."),
+        "hub_private_repo": _honoured("Make the repository private."),
+        "hub_always_push": _honoured("Push even while the last push is under way."),
+        "hub_revision": _honoured("Branch to push to."),
+    },
+    "Distributed": {
+        "use_cpu": _honoured("Train on the CPU even if there is an accelerator."),
+        "fsdp": _changed("FSDP2 sharding.", "FSDP2 only: version 1 is refused."),
+        "fsdp_config": _changed("Options of FSDP2, as JSON or a file.", "FSDP2 only: version 1 is refused."),
+        "ddp_backend": _honoured("Backend of torch.distributed."),
+        "ddp_timeout": _honoured("Timeout of torch.distributed, in seconds."),
+        "ddp_find_unused_parameters": _changed("Option of DDP.", "Accepted, has no effect."),
+        "ddp_bucket_cap_mb": _changed("Option of DDP.", "Accepted, has no effect."),
+        "ddp_broadcast_buffers": _changed("Option of DDP.", "Accepted, has no effect."),
+        "ddp_static_graph": _changed("Option of DDP.", "Accepted, has no effect."),
+        "deepspeed": _refused("DeepSpeed configuration.", "DeepSpeed takes one trained model, PPO has two: use FSDP2."),
+        "ds3_gather_for_generation": _changed(
+            "Gather ZeRO-3 weights for generation.", "Accepted, has no effect: there is no DeepSpeed."
+        ),
+        "parallelism_config": _refused(
+            "Tensor and context parallelism.", "It is not supported: use FSDP2 (accelerate launch --use_fsdp)."
+        ),
+        "accelerator_config": _refused(
+            "Options of Accelerator.", "Batches are made without its data loaders: see --seed and --data_seed."
+        ),
+        "local_rank": _changed("Set by old launchers.", "Accepted, has no effect: launchers set LOCAL_RANK."),
+    },
+    "Other": {
+        "train_sampling_strategy": _refused("Order of the samples.", "Prompts are always shuffled: see --data_seed."),
+        "dataloader_drop_last": _changed("Drop the last, smaller batch.", "Accepted, has no effect: batches are full."),
+        "dataloader_num_workers": _changed(
+            "Processes that load data.", "Accepted, has no effect: prompts are tokenized before training."
+        ),
+        "dataloader_pin_memory": _changed("Pinned memory for batches.", "Accepted, has no effect."),
+        "dataloader_persistent_workers": _changed("Keep the loading processes.", "Accepted, has no effect."),
+        "dataloader_prefetch_factor": _changed("Batches to load ahead.", "Accepted, has no effect."),
+        "dataloader_multiprocessing_context": _changed("How loading processes start.", "Accepted, has no effect."),
+        "dataloader_in_order": _changed("Load batches in order.", "Accepted, has no effect: the order is fixed."),
+        "remove_unused_columns": _changed(
+            "Drop columns the model does not take.", "Accepted, has no effect: only the prompt is read."
+        ),
+        "label_names": _changed("Names of label columns.", "Accepted, has no effect: PPO has no labels."),
+        "length_column_name": _changed("Column with lengths.", "Accepted, has no effect: lengths are counted."),
+        "do_train": _changed("Train.", "Accepted, has no effect: train() trains."),
+        "do_eval": _changed("Evaluate.", "Accepted, has no effect: see eval_strategy."),
+        "do_predict": _changed("Predict.", "Accepted, has no effect."),
+        "debug": _refused("Debugging hooks.", "They are not supported: see torch.autograd.set_detect_anomaly."),
+    },
+}
+"""The fields in the order and under the headings of `docs/config.md`."""
+
+FIELDS: dict[str, FieldNote] = {name: note for group in GROUPS.values() for name, note in group.items()}
+"""Every field of `PPOConfig`, those inherited from `transformers.TrainingArguments` included."""
+
+_SHOWN_DEFAULTS = {
+    "sft_model_path": "shipped checkpoint",
+    "reward_model_path": "shipped checkpoint",
+    "output_dir": "runs/ppo",
+    "bf16": "auto",
+    "gradient_checkpointing": "auto",
+    "activation_checkpointing": "auto",
+}
+
+
+def help_text(name: str) -> str:
+    """The help string of a `PPOConfig` field, with `%` doubled as argparse wants it."""
+    return FIELDS[name].help.replace("%", "%%")
+
+
+def shown_default(name: str, default: Any) -> str | None:
+    """A field's default as users read it: None where there is none to show.
+
+    Args:
+        name: field name.
+        default: the default the dataclass has.
+    """
+    if name in _SHOWN_DEFAULTS:
+        return _SHOWN_DEFAULTS[name]
+    default = getattr(default, "value", default)
+    if default is None or default == "" or default == []:
+        return None
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def field_default(field: Field) -> Any:
+    """The default of a dataclass field, made by its factory where it has one."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def render_docs() -> str:
+    """The text of `docs/config.md`."""
+    from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
+
+    defaults = {field.name: field_default(field) for field in fields(PPOConfig)}
+    lines = [
+        "# Flags",
+        "",
+        "Written by `python -m fourscore.config_fields`; edit `src/fourscore/config_fields.py`, not this page.",
+        "",
+        "The names are those of TRL 1.12's `ScriptArguments`, `PPOConfig` and `ModelConfig`, and of",
+        "`transformers.TrainingArguments`. Each can be a flag (`--kl_coef 0.1`), a key of the `--config` file or an",
+        "argument in Python.",
+        "",
+        "## PPOConfig",
+        "",
+        "- **honoured**: does what TRL and transformers say it does.",
+        "- **changed**: accepted; its default or its effect differs, as the note says.",
+        "- **refused**: any value but the default is an error that says what to use instead.",
+    ]
+    for group, notes in GROUPS.items():
+        lines += ["", f"### {group}", "", "| field | default | status | note |", "| --- | --- | --- | --- |"]
+        for name, note in notes.items():
+            text = f"{note.help} {note.note}".strip()
+            lines.append(f"| `{name}` | {_code(shown_default(name, defaults[name]))} | {note.status} | {text} |")
+    for dataclass_type in (ScriptArguments, ModelConfig):
+        lines += ["", f"## {dataclass_type.__name__}", "", "| field | default | note |", "| --- | --- | --- |"]
+        for field in fields(dataclass_type):
+            text = str(field.metadata["help"]).replace("%%", "%")
+            lines.append(f"| `{field.name}` | {_code(shown_default(field.name, field_default(field)))} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str | None) -> str:
+    return "" if text is None else f"`{text}`"
+
+
+def write(root: Path) -> list[Path]:
+    """Write the generated files under `root`, a checkout of fourscore. Returns their paths."""
+    from fourscore.cli import HELP_FILE, render_help
+
+    package = root / "src" / "fourscore"
+    files = {root / "docs" / "config.md": render_docs(), package / HELP_FILE.name: render_help()}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(files)
+
+
+if __name__ == "__main__":
+    for written in write(Path(__file__).parents[2]):
+        print(written)

@@ -1,0 +1,214 @@
+"""What the roles compute of given samples: logprobs, values and scores at the tokens where they are needed.
+
+Models want rectangles, so samples are padded on the right here, at the door, and what comes back is flat again.
+Causal attention never looks right, so right padding needs neither a mask nor position ids and cannot leak: real
+tokens sit at positions 0, 1, ... whatever follows them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from fourscore.errors import FourscoreError
+
+
+@dataclass
+class Rectangle:
+    """Samples as a right-padded rectangle.
+
+    Attributes:
+        input_ids: `[n, L]`; behind the end of a sample stands 0, which every vocabulary has.
+        rows: `[C]` row of each completion token's state, samples in order.
+        columns: `[C]` column of the state in which that token was chosen: the position before it.
+        targets: `[C]` the completion tokens.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+def rectangle(samples: list[Tensor], prompt_lens: Tensor) -> Rectangle:
+    """Pad samples to a rectangle.
+
+    Args:
+        samples: token ids of each sample, `[len_i]`, prompt and completion.
+        prompt_lens: `[n]` tokens, each at least 1 and less than its sample's length.
+    """
+    device = samples[0].device
+    ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=0)
+    lens = torch.tensor([len(s) for s in samples], device=device)
+    at = torch.arange(ids.shape[1], device=device)
+    chosen = (at >= prompt_lens[:, None]) & (at < lens[:, None])
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return Rectangle(ids, rows, columns - 1, ids[rows, columns])
+
+
+def microbatches(lens: Tensor, size: int) -> list[Tensor]:
+    """Indices of samples in groups of at most `size`, sorted by length so that little is padded.
+
+    Args:
+        lens: `[n]` tokens.
+        size: samples a group.
+
+    Returns:
+        index tensors that together hold 0 .. n-1 once each.
+    """
+    return list(torch.argsort(lens, descending=True, stable=True).split(size))
+
+
+def scatter_back(pieces: list[Tensor], order: list[Tensor], lens: Tensor | None = None) -> Tensor:
+    """Put results that were computed in microbatches back into the order of the samples.
+
+    Args:
+        pieces: one flat tensor a microbatch: a number a sample, or with `lens` a number a completion token.
+        order: the sample indices of each microbatch.
+        lens: `[n]` completion tokens of each sample, when results are per token.
+
+    Returns:
+        `[n]` or `[C]`.
+    """
+    index = torch.cat(order)
+    flat = torch.cat(pieces)
+    if lens is None:
+        out = torch.empty_like(flat)
+        out[index] = flat
+        return out
+    per_sample = flat.split(lens[index].tolist())
+    place: list[Tensor] = [flat] * len(index)
+    for i, piece in zip(index.tolist(), per_sample, strict=True):
+        place[i] = piece
+    return torch.cat(place)
+
+
+def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logprob of each completion token, and the entropy of the distribution it was drawn from.
+
+    The model's own forward runs, so whatever it does to its logits (soft-capping, scaling) is kept, and sharded
+    models gather their weights; only its head is narrowed to the completion's states, so that the
+    `[n, L, vocabulary]` logits never exist.
+
+    Args:
+        model: a causal LM, PEFT or plain.
+        batch: the samples.
+        temperature: logits are divided by it, as in the rollout.
+
+    Returns:
+        logprobs `[C]` and entropies `[C]` in nats, fp32; entropies carry no gradient.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][batch.rows, batch.columns].unsqueeze(0), *args[1:])
+
+    with _hook(head.register_forward_pre_hook(narrow)):
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    distribution = logits.log_softmax(1)
+    with torch.no_grad():
+        entropy = -(distribution.exp() * distribution).sum(1)
+    return distribution.gather(1, batch.targets[:, None]).squeeze(1), entropy
+
+
+def completion_values(model: nn.Module, batch: Rectangle) -> Tensor:
+    """Value of the state in which each completion token was chosen: the head on every such position.
+
+    Args:
+        model: a sequence classifier with one label, PEFT or plain.
+        batch: the samples.
+
+    Returns:
+        `[C]`, fp32.
+    """
+    return _head_outputs(model, batch.input_ids, batch.rows, batch.columns)
+
+
+def sample_scores(model: nn.Module, samples: list[Tensor]) -> Tensor:
+    """Score of each sample, equal to the checkpoint's own forward on that sample's unpadded ids.
+
+    A classifier of transformers scores the last token that is not its `config.pad_token_id`: for a checkpoint whose
+    pad token is its EOS token that is the token *before* EOS, and its head was trained there, so we read it there.
+
+    Args:
+        model: a sequence classifier with one label.
+        samples: token ids of each sample, `[len_i]`.
+
+    Returns:
+        `[n]`, fp32.
+    """
+    device = samples[0].device
+    pad = model.config.get_text_config().pad_token_id  # type: ignore[union-attr,operator]
+    columns = []
+    for sample in samples:
+        real = torch.ones_like(sample, dtype=torch.bool) if pad is None else sample != pad
+        at = real.nonzero()
+        columns.append(int(at[-1]) if len(at) else 0)
+    ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=0)
+    rows = torch.arange(len(samples), device=device)
+    return _head_outputs(model, ids, rows, torch.tensor(columns, device=device))
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that turns a hidden state into the one number, the trained copy under PEFT.
+
+    Raises:
+        FourscoreError: the model has none under the name `score`.
+    """
+    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(owner, "score", None)
+    if isinstance(head, ModulesToSaveWrapper):
+        active = head.active_adapters
+        head = head.modules_to_save[active[0]] if active else head.original_module
+    if not isinstance(head, nn.Linear):
+        raise FourscoreError(
+            f"{type(owner).__name__} has no linear head named 'score': use a checkpoint that "
+            "AutoModelForSequenceClassification loads with such a head (Llama, Qwen, Gemma, GPT-2, GPT-NeoX, ...)."
+        )
+    return head
+
+
+def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The score head's output at chosen positions, in fp32 whatever autocast says; `[len(rows)]`."""
+    out: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        hidden = args[0][rows, columns]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if module.bias is None else module.bias.to(wide)
+            out.append(F.linear(hidden.to(wide), module.weight.to(wide), bias).squeeze(-1))
+
+    with _hook(score_head(model).register_forward_hook(read)), _pools_anything(model):
+        model(input_ids=ids, use_cache=False)
+    return out[0]
+
+
+@contextmanager
+def _hook(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _pools_anything(model: nn.Module) -> Iterator[None]:
+    """Without a pad id transformers refuses to pool a batch; its pooled result is not used here, so any id serves."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    before = config.pad_token_id
+    if before is None:
+        config.pad_token_id = 0
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+

@@ -1,0 +1,153 @@
+"""Frozen weights held once: a second module tree over the same Parameters, and equal copies pointed at one storage."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def clone_sharing(model: M) -> M:
+    """A second module tree over the very Parameters and buffers of `model`.
+
+    Modules, config and hooks are copied, tensors are not: whatever is put on one tree (an adapter, a head, dropout
+    off) does not show in the other, and neither costs memory. Quantized weights (bitsandbytes) are shared too.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        _settle_8bit(module)
+        for tensor in _tensors(module):
+            memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def clone_owning(model: M, dtype: torch.dtype) -> M:
+    """A copy of `model` with its own floating point weights in `dtype`; tied weights stay tied, buffers keep theirs."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        wanted = dtype if parameter.is_floating_point() else parameter.dtype
+        data = parameter.detach().to(wanted, copy=True)
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    twin = copy.deepcopy(model, memo)
+    if hasattr(twin, "config"):
+        twin.config.dtype = dtype  # type: ignore[union-attr]
+    return twin
+
+
+def share_parameters(target: nn.Module, source: nn.Module) -> int:
+    """Points frozen tensors of `target` at those of `source` that hold the same bytes.
+
+    Tensors are matched by name, whatever PEFT has wrapped around them, and replaced where both are frozen and agree
+    in shape, dtype, device and every byte (for quantized weights the scales too). What trains is never touched.
+
+    Args:
+        target: loses its copies, in place.
+        source: keeps its tensors.
+
+    Returns:
+        Bytes of `target`'s copies that are no longer used by it.
+    """
+    held = {name: (module, attribute) for name, module, attribute in _slots(source)}
+    before = _storages(target)
+    for name, module, attribute in list(_slots(target)):
+        if name not in held:
+            continue
+        other, other_attribute = held[name]
+        mine, theirs = getattr(module, attribute), getattr(other, other_attribute)
+        if mine is theirs or mine.requires_grad or theirs.requires_grad:
+            continue
+        _settle_8bit(module)
+        _settle_8bit(other)
+        if not _same_bytes(module, mine, other, theirs):
+            continue
+        setattr(module, attribute, theirs)
+        if attribute == "weight" and _is_8bit(module):
+            module.state.CB, module.state.SCB = other.state.CB, other.state.SCB  # type: ignore[union-attr]
+        if attribute == "weight" and getattr(module, "quant_state", None) is not None:
+            module.quant_state = theirs.quant_state
+    after = _storages(target)
+    return sum(size for key, size in before.items() if key not in after)
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter and buffer as (name without PEFT's wrappers, owner, attribute), tied ones once an owner."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute in [*module._parameters, *module._buffers]:
+            if getattr(module, attribute) is not None:
+                yield _plain_name(f"{prefix}.{attribute}".lstrip(".")), module, attribute
+
+
+def _plain_name(name: str) -> str:
+    name = name.removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+def _same_bytes(module: nn.Module, mine: Tensor, other: nn.Module, theirs: Tensor) -> bool:
+    if type(mine) is not type(theirs) or not _equal(mine, theirs):
+        return False
+    if hasattr(mine, "quant_state"):
+        return _same_scales(mine.quant_state, theirs.quant_state)  # type: ignore[attr-defined]
+    if _is_8bit(module) and _is_8bit(other) and mine is module.weight:
+        return _equal(module.state.SCB, other.state.SCB)  # type: ignore[union-attr]
+    return True
+
+
+def _same_scales(mine: Any, theirs: Any) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    left, right = mine.as_dict(packed=True), theirs.as_dict(packed=True)
+    return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+
+
+def _equal(mine: Tensor | None, theirs: Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.device != theirs.device or mine.is_meta:
+        return False
+    return torch.equal(_as_bytes(mine), _as_bytes(theirs))
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """Address -> bytes of every storage that `model` holds."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for tensor in _tensors(module):
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage().nbytes():
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[Any]:
+    """Tensors that belong to one module: parameters, buffers, plain attributes, and what quantization adds."""
+    owned = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    state = vars(module).get("state")
+    if _is_8bit(module):
+        owned += [state.CB, state.SCB]  # type: ignore[union-attr]
+    for tensor in owned:
+        if not isinstance(tensor, Tensor):
+            continue
+        yield tensor
+        quant_state = getattr(tensor, "quant_state", None)
+        while quant_state is not None:
+            # The state as well as its tensors: bitsandbytes changes it together with the weight it hangs on.
+            yield quant_state
+            yield from (value for value in vars(quant_state).values() if isinstance(value, Tensor))
+            quant_state = quant_state.state2
+
+
+def _is_8bit(module: nn.Module) -> bool:
+    state = vars(module).get("state")
+    return type(state).__name__ == "MatmulLtState"
+
+
+def _settle_8bit(module: nn.Module) -> None:
+    """Does what the first 8-bit forward does, which takes the scales off the Parameter and would starve a second tree."""
+    if _is_8bit(module) and getattr(module.weight, "CB", None) is not None:
+        module.init_8bit_state()  # type: ignore[operator]

@@ -1,0 +1,148 @@
+"""Several processes: data parallel, or parameters sharded with FSDP2, on `torch.distributed` directly.
+
+Roles stay the objects they are: nothing wraps them. Data parallel adds up gradients after a minibatch's last
+backward; FSDP2 (`fully_shard`) changes a model in place.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from fourscore.errors import FourscoreError
+
+
+@dataclass
+class Parallel:
+    """This process among the others.
+
+    Attributes:
+        device: where this process computes.
+        rank: 0 .. world_size - 1.
+        world_size: number of processes.
+        sharded: parameters are sharded with FSDP2.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    sharded: bool
+
+    @classmethod
+    def start(cls, args: Any) -> "Parallel":
+        """Join the process group that `accelerate launch` or `torchrun` describes; alone without one.
+
+        Args:
+            args: `PPOConfig`; its `device` property starts the process group.
+
+        Raises:
+            FourscoreError: FSDP version 1 is asked for, or FSDP with a single process.
+        """
+        device = args.device
+        sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
+            raise FourscoreError("FSDP version 1 is not supported: launch with --fsdp_version 2.")
+        if sharded and world_size == 1:
+            raise FourscoreError(
+                "--fsdp needs more than one process: start with `accelerate launch --num_processes N`, or leave it out."
+            )
+        rank = dist.get_rank() if world_size > 1 else 0
+        return cls(device, rank, world_size, sharded)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def loss_scale(self) -> float:
+        """What a summed loss is multiplied by, so that its gradient adds up over processes: FSDP2 averages."""
+        return float(self.world_size) if self.sharded else 1.0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all processes, on each of them."""
+        if self.world_size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def max(self, x: float) -> float:
+        """The largest of one number a process."""
+        return x if self.world_size == 1 else max(gather_object([x]))
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in rank order, on each of them."""
+        return items if self.world_size == 1 else gather_object(items)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, model: nn.Module, *, frozen_too: bool) -> None:
+        """Give every process rank 0's trainable parameters (and, if asked, its frozen ones and its buffers).
+
+        Frozen weights come from the same files everywhere; writing to them would only break their memory mapping.
+        """
+        if self.world_size == 1:
+            return
+        tensors = [p.data for p in model.parameters() if frozen_too or p.requires_grad]
+        if frozen_too:
+            tensors += list(model.buffers())
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+    def shard(self, model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        """Shard a model in place with FSDP2: a group for each transformer layer, one for the rest.
+
+        Under PEFT the base model is sharded with its adapters inside, so that `generate` and adapter switches, which
+        call the base directly, find it as the root.
+
+        Args:
+            model: the role, on the CPU or on its device.
+            autocast_dtype: what weights are gathered in, if not their own dtype.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        names = set(getattr(base, "_no_split_modules", None) or ())
+        layers = [m for m in base.modules() if type(m).__name__ in names]
+        if not layers:
+            raise FourscoreError(
+                f"{type(base).__name__} does not name its layers (_no_split_modules), so FSDP cannot shard it: "
+                "leave out --fsdp."
+            )
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.world_size,)),
+            "reshard_after_forward": True,
+        }
+        if autocast_dtype is not None:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=autocast_dtype, reduce_dtype=torch.float32)
+        for layer in layers:
+            fully_shard(layer, **options)
+        fully_shard(base, **options)
+
+    def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add up gradients over processes; FSDP2 has done so in its backward."""
+        if self.world_size == 1 or self.sharded:
+            return
+        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        for work in pending:
+            work.wait()
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients so that their joint norm is at most `max_norm`; 0 leaves them.
+
+    Returns:
+        `[]` the norm before.
+    """
+    limit = max_norm if max_norm > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

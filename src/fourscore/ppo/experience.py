@@ -1,0 +1,93 @@
+"""One rollout batch on its way through scoring, advantages and update."""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Experience:
+    """Samples back to back in flat tensors: no padding anywhere.
+
+    With `n` samples, `T` tokens in all and `C` completion tokens in all (the token that ends a completion included):
+
+    Attributes:
+        input_ids: `[T]` prompt and completion of sample 0, then of sample 1, ...
+        prompt_lens: `[n]` tokens, each at least 1.
+        completion_lens: `[n]` tokens, each at least 1.
+        has_eos: `[n]` bool, the completion holds an EOS token.
+        logprobs: `[C]` nats, of the policy that generated the samples.
+        ref_logprobs: `[C]` nats, of the reference policy.
+        values: `[C]` value of the state in which the token was chosen.
+        scores: `[n]` what the reward model says of the sample, penalties included.
+        kl: `[C]` nats, estimate of the divergence from the reference at each token.
+        rewards: `[C]` score plus KL shaping.
+        advantages: `[C]`.
+        returns: `[C]` targets of the value model.
+    """
+
+    input_ids: Tensor
+    prompt_lens: Tensor
+    completion_lens: Tensor
+    has_eos: Tensor
+    logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    scores: Tensor | None = None
+    kl: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_lens)
+
+    @property
+    def lens(self) -> Tensor:
+        """`[n]` tokens of prompt and completion together."""
+        return self.prompt_lens + self.completion_lens
+
+    def samples(self) -> list[Tensor]:
+        """The token ids of each sample, prompt and completion, as views."""
+        return list(self.input_ids.split(self.lens.tolist()))
+
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [s[:p].tolist() for s, p in zip(self.samples(), self.prompt_lens.tolist(), strict=True)]
+
+    def completions(self) -> list[list[int]]:
+        """The token ids of each completion, the ending EOS included."""
+        return [s[p:].tolist() for s, p in zip(self.samples(), self.prompt_lens.tolist(), strict=True)]
+
+    def select(self, indices: Tensor) -> Self:
+        """The samples at `indices` `[m]`, in that order, with all that is filled in so far."""
+        picks = indices.tolist()
+        per_sample = {"prompt_lens", "completion_lens", "has_eos", "scores"}
+        chosen: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is None:
+                chosen[field.name] = None
+            elif field.name in per_sample:
+                chosen[field.name] = tensor[indices]
+            else:
+                lens = self.lens if field.name == "input_ids" else self.completion_lens
+                pieces = tensor.split(lens.tolist())
+                chosen[field.name] = torch.cat([pieces[i] for i in picks])
+        return type(self)(**chosen)  # type: ignore[arg-type]
+
+
+def sum_per_sample(per_token: Tensor, lens: Tensor) -> Tensor:
+    """Sum a flat per-token tensor over each sample.
+
+    Args:
+        per_token: `[C]`.
+        lens: `[n]`, summing to `C`.
+
+    Returns:
+        `[n]`.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens)
+    return per_token.new_zeros(len(lens)).index_add(0, owner, per_token)

@@ -1,0 +1,170 @@
+"""From the models a user hands over to four roles that are ready to train."""
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from fourscore.errors import FourscoreError
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze, reference, train_in_fp32
+from fourscore.models.dropout import disable_dropout
+from fourscore.models.forward import score_head
+from fourscore.models.sharing import share_parameters
+from fourscore.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Roles:
+    """The four models, on their device.
+
+    Attributes:
+        policy: causal LM, trains.
+        ref_policy: frozen causal LM; None when the policy with its adapter off is the reference.
+        reward_model: frozen sequence classifier.
+        value_model: sequence classifier, trains.
+        as_reference: context manager that yields the reference policy.
+        autocast: makes the context of every forward pass of policy and value model.
+    """
+
+    policy: Any
+    ref_policy: Any | None
+    reward_model: Any
+    value_model: Any
+    as_reference: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager]
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The roles that train, by name."""
+        return {"policy": self.policy, "value": self.value_model}
+
+
+def prepare_roles(
+    args: Any,
+    policy: Any,
+    ref_policy: Any | None,
+    reward_model: Any,
+    value_model: Any,
+    peft_config: PeftConfig | None,
+    parallel: Parallel,
+) -> Roles:
+    """Add adapters, freeze, share, switch dropout off, and move to the device; the models are changed in place.
+
+    Args:
+        args: `PPOConfig`.
+        policy: causal LM, plain or PEFT.
+        ref_policy: causal LM; None for the policy with its adapter off, or without PEFT for a frozen copy.
+        reward_model: sequence classifier with one label.
+        value_model: sequence classifier with one label, another object than `reward_model`.
+        peft_config: wraps a plain policy, and unless `--value_training full` the value model, too.
+        parallel: the processes.
+
+    Raises:
+        FourscoreError: models that cannot be these roles.
+    """
+    _check(policy, ref_policy, reward_model, value_model, peft_config)
+    quantized = any(getattr(m, "is_quantized", False) for m in (policy, value_model))
+    if peft_config is not None:
+        policy = add_policy_adapter(policy, peft_config)
+    under_peft = isinstance(policy, PeftModel)
+    if quantized and not under_peft:
+        raise FourscoreError("quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit.")
+    freeze(reward_model)
+    if under_peft and not isinstance(value_model, PeftModel) and args.value_training == "adapter":
+        value_model = add_value_adapter(value_model, peft_config or policy.peft_config[policy.active_adapter])
+        freed = share_parameters(value_model, reward_model)
+        logger.info("reward and value model share %.2f GiB of frozen weights", freed / 2**30)
+    elif getattr(value_model, "is_quantized", False) and not isinstance(value_model, PeftModel):
+        raise FourscoreError("--value_training full cannot train quantized weights: leave it out.")
+    if ref_policy is None and not under_peft:
+        ref_policy = copy.deepcopy(policy)
+    if ref_policy is not None:
+        freeze(ref_policy)
+    for model in (policy, value_model, reward_model, ref_policy):
+        if model is not None:
+            disable_dropout(model)
+    for model in (policy, value_model):
+        train_in_fp32(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise FourscoreError(f"nothing in {type(model).__name__} trains: every parameter has requires_grad=False.")
+    autocast_dtype = _autocast_dtype(args, policy, value_model)
+    if args.gradient_checkpointing:
+        for model in (policy, value_model):
+            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    _place(args, [policy, value_model, reward_model, ref_policy], parallel, autocast_dtype)
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    if autocast_dtype is not None:
+        autocast = partial(torch.autocast, parallel.device.type, dtype=autocast_dtype)
+    as_reference: Callable[[], AbstractContextManager[Any]] = partial(nullcontext, ref_policy)
+    if ref_policy is None:
+        as_reference = partial(reference, policy, args.ref_adapter_name, args.model_adapter_name)
+    return Roles(policy, ref_policy, reward_model, value_model, as_reference, autocast)
+
+
+def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None) -> None:
+    if ref_policy is policy:
+        raise FourscoreError("ref_model and model are the same object: pass a copy, or None for a frozen copy.")
+    if reward_model is value_model:
+        raise FourscoreError("reward_model and value_model are the same object, but only one of them trains: load two.")
+    if peft_config is not None and isinstance(policy, PeftModel):
+        raise FourscoreError(
+            "model is a PEFT model already and peft_config was given, too: pass one of the two "
+            "(or merge_and_unload() the first adapter)."
+        )
+    for name, model in (("reward_model", reward_model), ("value_model", value_model)):
+        labels = getattr(model.config, "num_labels", None)
+        if labels != 1:
+            raise FourscoreError(f"{name} has num_labels={labels}, but a score is one number: load it with num_labels=1.")
+        score_head(model)
+    vocabularies = {
+        name: model.config.get_text_config().vocab_size
+        for name, model in (("model", policy), ("reward_model", reward_model), ("value_model", value_model))
+    }
+    if len(set(vocabularies.values())) > 1:
+        raise FourscoreError(
+            f"vocabularies differ ({vocabularies}): reward and value model read the policy's tokens, so they must come "
+            "from checkpoints of the same tokenizer."
+        )
+
+
+def _autocast_dtype(args: Any, policy: nn.Module, value_model: nn.Module) -> torch.dtype | None:
+    """bf16 where asked for, or where frozen bf16 weights carry fp32 adapters and heads."""
+    dtypes = {p.dtype for model in (policy, value_model) for p in model.parameters() if p.is_floating_point()}
+    if torch.float16 in dtypes:
+        raise FourscoreError("--dtype float16 would need loss scaling: use --dtype bfloat16 or float32.")
+    return torch.bfloat16 if args.bf16 or torch.bfloat16 in dtypes else None
+
+
+def _place(args: Any, models: list[Any], parallel: Parallel, autocast_dtype: torch.dtype | None) -> None:
+    """Onto the device, equal on every process, sharded if asked for."""
+    present = [m for m in models if m is not None]
+    for model in present:
+        if not getattr(model, "is_quantized", False):
+            model.to(parallel.device)
+        parallel.broadcast(model, frozen_too=parallel.sharded)
+    if not parallel.sharded:
+        return
+    owned: set[int] = set()
+    for model in present:
+        _own_parameters(model, owned)
+        parallel.shard(model, autocast_dtype)
+
+
+def _own_parameters(model: nn.Module, owned: set[int]) -> None:
+    """Copy the parameters that another role holds, too: FSDP2 takes a parameter into one group only."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in owned:
+                twin = copies.setdefault(id(parameter), nn.Parameter(parameter.data.clone(), parameter.requires_grad))
+                setattr(module, name, twin)
+    owned.update(id(p) for p in model.parameters())

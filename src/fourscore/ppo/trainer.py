@@ -1,0 +1,644 @@
+"""PPOTrainer: rollout, scoring, advantages, update, and the run around them."""
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from fourscore.data import PromptOrder, tokenize_prompts
+from fourscore.errors import FourscoreError
+from fourscore.models.tokenizer import saved_tokenizer
+from fourscore.parallel import Parallel
+from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.experience import Experience, sum_per_sample
+from fourscore.ppo.optim import build_optimizer, build_schedule
+from fourscore.ppo.roles import prepare_roles
+from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.ppo.update import UpdateSettings, update
+from fourscore.rewards.model import score
+from fourscore.rollout.transformers import Sampling, generate, overridden_settings
+from fourscore.runs import checkpoint, directory
+from fourscore.runs.card import model_card
+from fourscore.runs.memory import peak_gib
+from fourscore.runs.metrics import JsonLines, write_json_atomic
+from fourscore.runs.progress import PPOProgress
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_SHOWN = 5
+
+
+@dataclass
+class PPOState(TrainerState):
+    """transformers' trainer state, with the number of samples drawn so far."""
+
+    episode: int = 0
+
+
+class PPOTrainer:
+    """Trains a policy and a value model with PPO.
+
+    The loop is that of "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031); the
+    arguments are those of TRL 1.12's `PPOTrainer`.
+
+    Args:
+        args: all settings.
+        processing_class: the policy's tokenizer, with an explicit pad token.
+        model: policy, a causal LM, plain or PEFT.
+        ref_model: reference policy. None: with PEFT the policy with its adapter off, else a frozen copy.
+        reward_model: sequence classifier with one label.
+        train_dataset: rows with `input_ids`, or with a `prompt` that is text or a conversation.
+        value_model: sequence classifier with one label.
+        data_collator: called on a list of rows; its `input_ids` are the prompts, where its `attention_mask` is 1.
+        eval_dataset: prompts for `evaluate` and `generate_completions`.
+        optimizers: an optimizer over both policy and value model, and its schedule; built from `args` where None.
+        callbacks: transformers callbacks, beside the ones that `args.report_to` names.
+        peft_config: adapter for the policy and, unless `args.value_training` is "full", the value model.
+
+    Raises:
+        FourscoreError: settings, models or data that do not fit together.
+
+    Attributes:
+        model: the policy.
+        ref_model: the reference policy, or None.
+        reward_model: frozen.
+        value_model: trains.
+        state: transformers' `TrainerState`, with `episode`.
+        run_config: dataclasses that `config.yaml` records.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        processing_class: Any,
+        model: Any,
+        ref_model: Any | None,
+        reward_model: Any,
+        train_dataset: Dataset,
+        value_model: Any,
+        data_collator: Any | None = None,
+        eval_dataset: Dataset | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        self.args = args
+        self.processing_class = processing_class
+        self.parallel = Parallel.start(args)
+        self.run_config: list[Any] = [args]
+        if train_dataset is None:
+            raise FourscoreError("train_dataset is missing: pass a dataset of prompts.")
+        self.train_dataset = self._tokenized(train_dataset)
+        self.eval_dataset = None if eval_dataset is None else self._tokenized(eval_dataset)
+        if args.eval_strategy != "no" and self.eval_dataset is None:
+            raise FourscoreError(f"--eval_strategy {args.eval_strategy} needs an eval_dataset (or use 'no').")
+        self.data_collator = data_collator
+        args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
+
+        # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
+        set_seed(args.seed)
+        if args.full_determinism:
+            torch.use_deterministic_algorithms(True)
+        if overridden := overridden_settings(model):
+            logger.warning("the policy's generation config is not used for rollouts, which need plain sampling: %s", overridden)
+        self.roles = prepare_roles(args, model, ref_model, reward_model, value_model, peft_config, self.parallel)
+        self.model = self.roles.policy
+        self.ref_model = self.roles.ref_policy
+        self.reward_model = self.roles.reward_model
+        self.value_model = self.roles.value_model
+        self.optimizers, self.schedules = self._optimization(optimizers)
+
+        self.stop_ids = self._stop_ids()
+        self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
+        self.control = TrainerControl()
+        handlers = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
+        if not args.disable_tqdm and self.parallel.is_main:
+            handlers.append(PPOProgress)
+        self.callback_handler = CallbackHandler(
+            handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
+        )
+        self.state = self._new_state()
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train for `args.num_total_batches` updates.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one in `args.output_dir`.
+
+        Returns:
+            the number of updates, the mean loss of the last one, and its metrics.
+
+        Raises:
+            FourscoreError: the output directory holds something else, or the checkpoint is not one of this run.
+        """
+        args, state, parallel = self.args, self.state, self.parallel
+        started = time.perf_counter()
+        self._open_run(resume_from_checkpoint)
+        state = self.state
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+        if args.eval_on_start:
+            self.evaluate()
+        metrics: dict[str, float] = {}
+        while state.global_step < state.max_steps and not self.control.should_training_stop:
+            self.control = self.callback_handler.on_step_begin(args, state, self.control)
+            clock = _Clock()
+
+            experience = self._rollout(self._next_prompts())
+            clock.lap("time/rollout_s")
+            self._score(experience)
+            clock.lap("time/scoring_s")
+            self._advantages(experience)
+            metrics = self._update(experience)
+            clock.lap("time/update_s")
+
+            state.global_step += 1
+            state.episode += args.batch_size
+            state.epoch = state.episode / len(self.train_dataset)
+            metrics = self._objective_metrics(experience) | metrics | clock.laps
+            metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
+            metrics |= {"eps": state.episode / (time.perf_counter() - started), "episode": state.episode}
+            self._record(experience, metrics)
+        seconds = time.perf_counter() - started
+        self.control = self.callback_handler.on_train_end(args, state, self.control)
+        if parallel.is_main:
+            summary = {"updates": state.global_step, "episodes": state.episode, "train_seconds": seconds} | metrics
+            write_json_atomic(Path(args.output_dir) / "summary.json", summary)
+        parallel.barrier()
+        loss = metrics.get("loss/policy_avg", 0.0) + args.vf_coef * metrics.get("loss/value_avg", 0.0)
+        return TrainOutput(state.global_step, loss, metrics | {"train_runtime": seconds})
+
+    @torch.no_grad()
+    def _rollout(self, prompts: list[list[int]], temperature: float | None = None) -> Experience:
+        args = self.args
+        sampling = Sampling(
+            max_new_tokens=args.response_length,
+            temperature=args.temperature if temperature is None else temperature,
+            stop_ids=self.stop_ids,
+            eos_id=self.processing_class.eos_token_id,
+            batch_size=args.local_rollout_forward_batch_size,
+        )
+        # Outside of training mode: activation checkpointing would switch the KV cache off.
+        self.model.eval()
+        with self.roles.autocast():
+            experience = generate(self.model, prompts, sampling, synced=self.parallel.sharded)
+        self.model.train()
+        return experience
+
+    @torch.no_grad()
+    def _score(self, experience: Experience) -> None:
+        args, roles = self.args, self.roles
+        size = args.local_rollout_forward_batch_size
+        experience.logprobs = logprobs_of(roles.policy, experience, args.temperature, size, roles.autocast)
+        with roles.as_reference() as reference:
+            experience.ref_logprobs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
+        experience.values = values_of(roles.value_model, experience, size, roles.autocast)
+        experience.scores = self._scores(experience)
+
+    @torch.no_grad()
+    def _scores(self, experience: Experience) -> torch.Tensor:
+        scores = score(self.reward_model, experience, self.args.local_rollout_forward_batch_size)
+        if not scores.isfinite().all():
+            raise FourscoreError("the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype.")
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~experience.has_eos
+        return scores
+
+    @torch.no_grad()
+    def _advantages(self, experience: Experience) -> None:
+        args, e = self.args, experience
+        assert e.logprobs is not None and e.ref_logprobs is not None and e.values is not None and e.scores is not None
+        e.kl = kl_estimate(e.logprobs, e.ref_logprobs, args.kl_estimator)
+        e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, args.kl_coef)
+        if args.whiten_rewards:
+            e.rewards = whiten(e.rewards, shift_mean=False, reduce=self.parallel.sum)
+        advantages, e.returns = gae(e.rewards, e.values, e.completion_lens, args.gamma, args.lam)
+        e.advantages = whiten(advantages, reduce=self.parallel.sum)
+
+    def _update(self, experience: Experience) -> dict[str, float]:
+        args = self.args
+        settings = UpdateSettings(
+            epochs=args.num_ppo_epochs,
+            minibatch=args.local_mini_batch_size,
+            microbatch=args.per_device_train_batch_size,
+            temperature=args.temperature,
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            max_grad_norm=args.max_grad_norm or 0.0,
+        )
+        # A seed of its own for every update, so that a resumed run shuffles as the uninterrupted one did.
+        generator = torch.Generator().manual_seed(args.seed + 1_000_003 * self.state.global_step + self.parallel.rank)
+        metrics = update(
+            self.roles.policy,
+            self.roles.value_model,
+            experience,
+            settings,
+            list(self.optimizers.values()),
+            self.parallel,
+            generator,
+            self.roles.autocast,
+        )
+        metrics["lr"] = self._one(self.schedules).get_last_lr()[0]
+        for schedule in self.schedules.values():
+            schedule.step()
+        every = args.torch_empty_cache_steps
+        if every and self.state.global_step % every == 0 and self.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return metrics
+
+    def _objective_metrics(self, experience: Experience) -> dict[str, float]:
+        e, lens = experience, experience.completion_lens
+        assert e.kl is not None and e.logprobs is not None and e.scores is not None
+        n = float(len(e))
+        sums = torch.stack(
+            [
+                e.kl.sum(),
+                -e.logprobs.sum(),
+                e.scores.sum(),
+                e.has_eos.sum(),
+                e.prompt_lens.sum(),
+                lens.sum(),
+                e.kl.new_tensor(n),
+            ]
+        )
+        kl, surprisal, scores, ended, prompt, completion, count = self.parallel.sum(sums).tolist()
+        shaping = -self.args.kl_coef * kl / count
+        return {
+            "objective/kl": kl / count,
+            "objective/entropy": surprisal / count,
+            "objective/non_score_reward": shaping,
+            "objective/rlhf_reward": scores / count + shaping,
+            "objective/scores": scores / count,
+            "val/num_eos_tokens": int(ended),
+            "tokens/prompt": int(prompt),
+            "tokens/completion": int(completion),
+        }
+
+    # ------------------------------------------------------------------ evaluation and samples
+
+    def evaluate(self) -> dict[str, float]:
+        """Complete every prompt of the eval dataset once, at the training temperature and with a fixed seed.
+
+        Returns:
+            means over samples: `eval/scores`, `eval/kl` (nats a completion, k1), `eval/completion_length` (tokens),
+            `eval/ended` (share that stopped by itself); logged, and in `metrics.jsonl` part of the update's object.
+        """
+        rows = self._complete_eval(self.args.temperature, with_kl=True)
+        metrics = {
+            f"eval/{name}": sum(row[name] for row in rows) / len(rows)
+            for name in ("scores", "kl", "completion_length", "ended")
+        }
+        self._log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
+        """Complete the eval prompts greedily, print a few beside their scores and append all to `samples.jsonl`.
+
+        Args:
+            sampling: only the first batch of `per_device_eval_batch_size`, as is done during training.
+
+        Returns:
+            a row a prompt: `prompt`, `completion`, `score`; empty without an eval dataset.
+        """
+        if self.eval_dataset is None:
+            return []
+        limit = self.args.per_device_eval_batch_size * self.parallel.world_size if sampling else None
+        rows = self._complete_eval(0.0, limit=limit)
+        table = [{"prompt": r["prompt"], "completion": r["completion"], "score": r["scores"]} for r in rows]
+        self._keep_samples("eval", table)
+        if self.parallel.is_main:
+            self._print(table[:SAMPLES_SHOWN])
+        return table
+
+    @torch.no_grad()
+    def _complete_eval(
+        self, temperature: float, *, limit: int | None = None, with_kl: bool = False
+    ) -> list[dict[str, Any]]:
+        """One row an eval prompt, in order, on every process."""
+        if self.eval_dataset is None:
+            raise FourscoreError("there is nothing to evaluate on: pass eval_dataset.")
+        args, parallel = self.args, self.parallel
+        total = min(limit or len(self.eval_dataset), len(self.eval_dataset))
+        # Every process works through the same number of batches; what was repeated to fill up is dropped below.
+        share = -(-total // parallel.world_size)
+        mine = [i % total for i in range(parallel.rank * share, (parallel.rank + 1) * share)]
+        rows = []
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed + parallel.rank)
+            for start in range(0, share, args.per_device_eval_batch_size):
+                indices = mine[start : start + args.per_device_eval_batch_size]
+                e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
+                scores = self._scores(e).tolist()
+                kls = [0.0] * len(indices)
+                if with_kl:
+                    kls = self._sample_kl(e)
+                texts = self._texts(e)
+                for i, (prompt, completion), s, kl, length, ended in zip(
+                    indices, texts, scores, kls, e.completion_lens.tolist(), e.has_eos.tolist(), strict=True
+                ):
+                    rows.append(
+                        {"index": i, "prompt": prompt, "completion": completion, "scores": s, "kl": kl}
+                        | {"completion_length": length, "ended": float(ended)}
+                    )
+        unique = {row["index"]: row for row in parallel.gather(rows)}
+        return [unique[i] for i in range(total)]
+
+    def _sample_kl(self, experience: Experience) -> list[float]:
+        """Nats from the reference, one number a completion."""
+        args, roles = self.args, self.roles
+        size = args.local_rollout_forward_batch_size
+        ours = logprobs_of(roles.policy, experience, args.temperature, size, roles.autocast)
+        with roles.as_reference() as reference:
+            theirs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
+        return sum_per_sample(ours - theirs, experience.completion_lens).tolist()
+
+    def _texts(self, experience: Experience) -> list[tuple[str, str]]:
+        decode = self.processing_class.batch_decode
+        prompts = decode(experience.prompts(), skip_special_tokens=True)
+        return list(zip(prompts, decode(experience.completions(), skip_special_tokens=True), strict=True))
+
+    def _print(self, rows: list[dict[str, Any]]) -> None:
+        table = Table("prompt", "completion", "score", title=f"greedy completions after {self.state.global_step} updates")
+        for row in rows:
+            table.add_row(row["prompt"], row["completion"], f"{row['score']:.3f}")
+        # print, not the console, writes: rich's own output would go straight into a live progress line.
+        console = Console()
+        with console.capture() as text:
+            console.print(table)
+        print(text.get(), end="")
+
+    # ------------------------------------------------------------------ files
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write policy and tokenizer, and the value model below them, as `from_pretrained` reads them.
+
+        Args:
+            output_dir: a folder; `args.output_dir` if None. Under PEFT the adapters are written.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        checkpoint.save_weights(self.model, folder, self.parallel)
+        checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
+        if self.parallel.is_main:
+            rows = self.model.get_input_embeddings().weight.shape[0]
+            saved_tokenizer(self.processing_class, rows).save_pretrained(folder)
+            last = self.state.log_history[-1] if self.state.log_history else {}
+            (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
+        self.parallel.barrier()
+
+    def push_to_hub(self, commit_message: str = "PPO with fourscore", blocking: bool = True, **kwargs: Any) -> Any:
+        """Upload what `save_model` wrote to `args.hub_model_id` (by default the output directory's name).
+
+        Args:
+            commit_message: of the upload.
+            blocking: wait until it is done.
+            **kwargs: `dataset_name` is accepted, as in TRL; anything else is refused.
+
+        Returns:
+            the commit, or a future of it; None on other processes than the main one.
+        """
+        kwargs.pop("dataset_name", None)
+        if kwargs:
+            raise TypeError(f"push_to_hub does not take {sorted(kwargs)}")
+        self.save_model()
+        if not self.parallel.is_main:
+            return None
+        from huggingface_hub import HfApi
+
+        args = self.args
+        api = HfApi(token=args.hub_token)
+        repo = api.create_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo, exist_ok=True
+        )
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=args.output_dir,
+            commit_message=commit_message,
+            ignore_patterns=["checkpoint-*", ".checkpoint-*"],
+            revision=args.hub_revision,
+            run_as_future=not blocking,
+        )
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a transformers callback."""
+        self.callback_handler.add_callback(callback)
+
+    def _open_run(self, resume: str | bool | None) -> None:
+        """Check the output directory, take up a checkpoint if asked to, and write what is known at the start."""
+        args, folder = self.args, Path(self.args.output_dir)
+        if self.parallel.is_main:
+            directory.check(folder, resume)
+        self.parallel.barrier()
+        found = (directory.last_checkpoint(folder) if resume is True else Path(resume)) if resume else None
+        self.state = self._new_state()
+        torch.manual_seed(args.seed + 100_003 * self.parallel.rank)
+        if found is not None:
+            self._load_checkpoint(found)
+        elif resume:
+            logger.warning("%s holds no whole checkpoint yet: starting from the beginning", folder)
+        self.metrics_file = JsonLines(folder / "metrics.jsonl")
+        self.samples_file = JsonLines(folder / "samples.jsonl")
+        if self.parallel.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.metrics_file.truncate_after(self.state.global_step)
+            self.samples_file.truncate_after(self.state.global_step)
+            directory.write_config(folder / "config.yaml", *self.run_config)
+
+    def _save_checkpoint(self) -> None:
+        args, state = self.args, self.state
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        state.stateful_callbacks = self._callback_states()
+        optimizers = checkpoint.optimizer_states(self.roles.trained, self.optimizers, self.parallel)
+        rng = self.parallel.gather([checkpoint.rng_state()])
+        if self.parallel.is_main:
+            logger.info("writing %s", folder)
+        with checkpoint.written_whole(folder, self.parallel) as draft:
+            checkpoint.save_weights(self.model, draft, self.parallel)
+            checkpoint.save_weights(self.value_model, draft / "value_model", self.parallel)
+            if self.parallel.is_main:
+                rows = self.model.get_input_embeddings().weight.shape[0]
+                saved_tokenizer(self.processing_class, rows).save_pretrained(draft)
+                state.save_to_json(str(draft / checkpoint.STATE))
+                if not args.save_only_model:
+                    schedules = {name: s.state_dict() for name, s in self.schedules.items()}
+                    torch.save({"optimizers": optimizers, "schedules": schedules}, draft / checkpoint.OPTIMIZERS)
+                    torch.save(rng, draft / checkpoint.RNG)
+        if self.parallel.is_main:
+            checkpoint.prune(Path(args.output_dir), args.save_total_limit)
+        self.control = self.callback_handler.on_save(args, state, self.control)
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        for name in (checkpoint.STATE, checkpoint.OPTIMIZERS, checkpoint.RNG):
+            if not (folder / name).is_file():
+                raise FourscoreError(
+                    f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
+                    "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
+                )
+        saved = json.loads((folder / checkpoint.STATE).read_text())
+        known = {f.name for f in dataclasses.fields(PPOState)}
+        self.state = PPOState(**{k: v for k, v in saved.items() if k in known})
+        fresh = self._new_state()
+        for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"):
+            setattr(self.state, name, getattr(fresh, name))
+        self.state.is_local_process_zero = self.state.is_world_process_zero = self.parallel.is_main
+        for callback in self._stateful():
+            for name, value in self.state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items():
+                setattr(callback, name, value)
+        checkpoint.load_weights(self.model, folder, self.parallel)
+        checkpoint.load_weights(self.value_model, folder / "value_model", self.parallel)
+        states = torch.load(folder / checkpoint.OPTIMIZERS, weights_only=True, map_location="cpu")
+        checkpoint.load_optimizer_states(states["optimizers"], self.roles.trained, self.optimizers, self.parallel)
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(states["schedules"][name])
+        rng = torch.load(folder / checkpoint.RNG, weights_only=True, map_location="cpu")
+        if len(rng) != self.parallel.world_size:
+            raise FourscoreError(
+                f"{folder} was written by {len(rng)} processes, this run has {self.parallel.world_size}: resume with the "
+                "same number, so that it goes on as it was."
+            )
+        checkpoint.set_rng_state(rng[self.parallel.rank])
+        logger.info("resumed from %s: %d updates are done", folder, self.state.global_step)
+
+    # ------------------------------------------------------------------ small things
+
+    def _record(self, experience: Experience, metrics: dict[str, float]) -> None:
+        """After an update: log, sample, evaluate and save where their time has come."""
+        args, state = self.args, self.state
+        self.control = self.callback_handler.on_step_end(args, state, self.control)
+        if self.control.should_log:
+            self._log(metrics)
+        every = max(1, args.num_total_batches // args.num_sample_generations) if args.num_sample_generations > 0 else 0
+        if every and (state.global_step - 1) % every == 0:
+            self._sample_table(experience)
+        if self.control.should_evaluate:
+            metrics |= self.evaluate()
+        if self.parallel.is_main:
+            self.metrics_file.append({"step": state.global_step} | metrics)
+        if self.control.should_save:
+            self._save_checkpoint()
+
+    def _sample_table(self, experience: Experience) -> None:
+        assert experience.scores is not None
+        scores = experience.scores.tolist()
+        rows = [{"prompt": p, "completion": c, "score": s} for (p, c), s in zip(self._texts(experience), scores, strict=True)]
+        self._keep_samples("train", rows[:SAMPLES_SHOWN])
+        self.generate_completions(sampling=True)
+
+    def _keep_samples(self, split: str, rows: list[dict[str, Any]]) -> None:
+        if self.parallel.is_main:
+            file = JsonLines(Path(self.args.output_dir) / "samples.jsonl")
+            for row in rows:
+                file.append({"step": self.state.global_step, "split": split} | row)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self.state.log_history.append(metrics | {"step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(metrics))
+
+    def _next_prompts(self) -> list[list[int]]:
+        """This process's share of the update's prompts."""
+        args = self.args
+        indices = self.prompts.batch(self.state.global_step, args.batch_size)
+        start = self.parallel.rank * args.local_batch_size
+        return self._prompt_ids(self.train_dataset, indices[start : start + args.local_batch_size])
+
+    def _prompt_ids(self, dataset: Dataset, indices: list[int]) -> list[list[int]]:
+        rows = dataset[indices]
+        if self.data_collator is None:
+            return rows["input_ids"]
+        batch = self.data_collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+        mask = batch.get("attention_mask")
+        ids = batch["input_ids"]
+        return [row[mask[i].bool()].tolist() if mask is not None else list(row) for i, row in enumerate(ids)]
+
+    def _tokenized(self, dataset: Dataset) -> Dataset:
+        args = self.args
+        return tokenize_prompts(
+            dataset,
+            self.processing_class,
+            max_prompt_length=args.max_prompt_length,
+            action=args.max_prompt_length_action,
+            num_proc=args.dataset_num_proc,
+        )
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        args, eos = self.args, self.processing_class.eos_token_id
+        if args.stop_token_id is not None:
+            return (args.stop_token_id,)
+        if args.stop_token == "eos":
+            if eos is None:
+                raise FourscoreError("--stop_token eos: the tokenizer has no EOS token; use --stop_token none.")
+            return (eos,)
+        return ()
+
+    def _optimization(self, given: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """An optimizer and a schedule for each role that trains, or the user's one for both."""
+        optimizer, schedule = given
+        if optimizer is not None:
+            optimizers = {"policy": optimizer}
+        else:
+            optimizers = {name: build_optimizer(model, self.args) for name, model in self.roles.trained.items()}
+        if schedule is not None:
+            if optimizer is None:
+                raise FourscoreError("optimizers: a schedule was given without the optimizer that it belongs to.")
+            return optimizers, {"policy": schedule}
+        updates = self.args.num_total_batches
+        return optimizers, {name: build_schedule(o, self.args, updates) for name, o in optimizers.items()}
+
+    def _new_state(self) -> PPOState:
+        args = self.args
+        state = PPOState(
+            is_local_process_zero=self.parallel.is_main,
+            is_world_process_zero=self.parallel.is_main,
+            max_steps=args.num_total_batches,
+            num_train_epochs=-(-args.num_total_batches * args.batch_size // len(self.train_dataset)),
+            train_batch_size=args.per_device_train_batch_size,
+        )
+        state.compute_steps(args, state.max_steps)
+        return state
+
+    def _stateful(self) -> list[Any]:
+        return [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
+
+    def _callback_states(self) -> dict[str, Any]:
+        return {type(cb).__name__: cb.state() for cb in self._stateful()}
+
+    def _card_info(self) -> dict[str, Any]:
+        return {
+            "base_model": self.model.config._name_or_path,
+            "adapter": hasattr(self.model, "peft_config"),
+            "dataset": getattr(self.train_dataset.info, "dataset_name", None),
+        }
+
+    @staticmethod
+    def _one(by_role: dict[str, Any]) -> Any:
+        """The policy's, which stands for all where callbacks and logs know only one."""
+        return by_role["policy"]
+
+
+class _Clock:
+    """Seconds since the last lap, by name, and in all."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.laps["time/total_s"] = now - self.start
+        self.last = now

@@ -1,0 +1,151 @@
+"""Checkpoints: all that a run needs to go on as if it had not stopped, written whole or not at all."""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from fourscore.errors import FourscoreError
+from fourscore.parallel import Parallel
+
+OPTIMIZERS = "optimizers.pt"
+RNG = "rng.pt"
+STATE = "trainer_state.json"
+
+
+@contextmanager
+def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
+    """A folder to fill, which gets its name only when it is complete. Every process enters; the main one writes.
+
+    Args:
+        path: the name; a folder already there is replaced.
+        parallel: the processes.
+
+    Yields:
+        the folder to write into.
+
+    Raises:
+        FourscoreError: it could not be written (a full disk, say); what was written of it is gone again.
+    """
+    draft, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if not parallel.is_main:
+        yield draft
+        return
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if path.exists():
+            os.replace(path, old)
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise FourscoreError(
+            f"{path} could not be written: {error}. Free some space (or choose another --output_dir) and go on with "
+            "--resume_from_checkpoint true: earlier checkpoints are untouched."
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_weights(model: Any, folder: Path, parallel: Parallel) -> None:
+    """Write a role as `from_pretrained` reads it: whole weights, or the adapter under PEFT.
+
+    Every process calls it; only the main one writes.
+    """
+    state = None
+    if parallel.sharded:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if parallel.is_main:
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    parallel.barrier()
+
+
+def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
+    """Read back what `save_weights` wrote, into the role's own parameters."""
+    if isinstance(model, PeftModel):
+        saved = load_peft_weights(str(folder), device="cpu")
+        if not parallel.sharded:
+            set_peft_model_state_dict(model, saved)
+            return
+        # PEFT's files leave the adapter's name out of the keys; tagging each parameter tells which key is which.
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        keys = get_peft_model_state_dict(model, state_dict={n: torch.tensor(i) for i, n in enumerate(names)})
+        weights = {names[int(tag)]: saved[key] for key, tag in keys.items()}
+    else:
+        weights = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        if not parallel.sharded:
+            model.load_state_dict(weights)
+            return
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def optimizer_states(
+    models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], parallel: Parallel
+) -> dict[str, Any]:
+    """The state of each optimizer, whole, on the main process."""
+    if not parallel.sharded:
+        return {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {name: get_optimizer_state_dict(models[name], opt, options=options) for name, opt in optimizers.items()}
+
+
+def load_optimizer_states(
+    states: dict[str, Any],
+    models: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    parallel: Parallel,
+) -> None:
+    """Put back what `optimizer_states` gave."""
+    for name, optimizer in optimizers.items():
+        if parallel.sharded:
+            set_optimizer_state_dict(
+                models[name], optimizer, states[name], options=StateDictOptions(full_state_dict=True)
+            )
+        else:
+            optimizer.load_state_dict(states[name])
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator of this process."""
+    numpy = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[0], torch.tensor(numpy[1].astype(np.int64)), *numpy[2:]),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def prune(folder: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints until `limit` are left; None or 0 keeps all."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for old in found[: -limit or None] if limit else []:
+        shutil.rmtree(old)

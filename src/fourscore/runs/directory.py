@@ -1,0 +1,117 @@
+"""The directory of a run: may it be used, what is its last checkpoint, with which settings was it made.
+
+<output_dir>/
+  config.yaml  metrics.jsonl  samples.jsonl  summary.json  README.md
+  the trained policy and its tokenizer   value_model/
+  checkpoint-<update>/
+"""
+
+import dataclasses
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fourscore.config import DERIVED_FIELDS
+from fourscore.config_fields import FIELDS
+from fourscore.errors import FourscoreError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+CARD = "README.md"
+
+# A checkpoint is written under another name and then renamed, so one with this name is complete.
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+_SECRETS = frozenset({"hub_token", "push_to_hub_token"})
+
+
+def check(path: str | Path, resume: str | bool | None) -> None:
+    """Refuse an output directory that a new run would write over, or in which there is nothing to resume.
+
+    Call it on one process, or on all before any of them writes. It changes nothing on disk.
+
+    Args:
+        path: The output directory; it need not exist.
+        resume: `resume_from_checkpoint`: None or False for a new run, True for the last checkpoint in `path`, or the
+            path of a checkpoint.
+
+    Raises:
+        FourscoreError: A new run and a directory with something in it; a resumed one and no run there, or no such
+            checkpoint.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FourscoreError(f"--output_dir {path} is a file")
+    entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    if isinstance(resume, str):
+        if not Path(resume).is_dir():
+            there = ", ".join(str(found) for _, found in _checkpoints(path)) or "none"
+            raise FourscoreError(
+                f"--resume_from_checkpoint {resume}: no such checkpoint; checkpoints in {path}: {there}"
+            )
+        # A checkpoint of another directory may start a run in a new one.
+        if entries and not _is_run(path):
+            raise FourscoreError(f"--output_dir {path} is not empty and holds no run: give another --output_dir")
+    elif resume:
+        if not _is_run(path):
+            raise FourscoreError(f"--output_dir {path} holds no run to resume: leave --resume_from_checkpoint out")
+    elif entries:
+        more = ", ..." if len(entries) > 4 else ""
+        raise FourscoreError(
+            f"--output_dir {path} is not empty ({', '.join(entries[:4])}{more}): pass --resume_from_checkpoint true to "
+            "go on with the run in it, or another --output_dir"
+        )
+
+
+def last_checkpoint(path: str | Path) -> Path | None:
+    """The complete checkpoint of the latest update in a run directory, or None."""
+    found = _checkpoints(Path(path))
+    return found[-1][1] if found else None
+
+
+def write_config(path: str | Path, *configs: Any) -> None:
+    """Write the settings of a run as YAML that `fourscore ppo --config` reads back into equal ones.
+
+    Left out are secrets, fields that follow from others, fields that may only have their default, and unset ones.
+
+    Args:
+        path: The file.
+        configs: Dataclass instances: `ScriptArguments`, `PPOConfig`, `ModelConfig`, or some of them.
+    """
+    left_out = _SECRETS.union(DERIVED_FIELDS, (name for name, note in FIELDS.items() if note.status == "refused"))
+    settings: dict[str, Any] = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.init and field.name not in left_out and not (value is None and field.default is None):
+                settings[field.name] = _plain(value)
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that YAML has."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """Checkpoints in `path` with their updates, the earliest first."""
+    if not path.is_dir():
+        return []
+    matches = [(_CHECKPOINT.fullmatch(entry.name), entry) for entry in path.iterdir() if entry.is_dir()]
+    return sorted((int(match[1]), entry) for match, entry in matches if match is not None)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file() or (path / METRICS).is_file() or last_checkpoint(path) is not None
