@@ -1,4 +1,4 @@
-"""Tiny checkpoints of several architectures with a small real tokenizer, made in-process in well under a second each."""
+"""Tiny checkpoints of several architectures with a small real tokenizer, made in-process."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -45,10 +45,10 @@ def run_sft(args: argparse.Namespace) -> None:
 
 
 def run_reward(args: argparse.Namespace) -> None:
-    """The reward model, from the pre-trained language model."""
+    """The reward model, from the policy."""
     out = args.work / "reward"
     if not (out / "model.safetensors").exists():
-        note(args.work, "reward", reward.build_reward(args.work, args.work / "pretrained", out, pairs=args.pairs))
+        note(args.work, "reward", reward.build_reward(args.work, args.work / "policy", out, pairs=args.pairs))
 
 
 def run_prompts(args: argparse.Namespace) -> None:

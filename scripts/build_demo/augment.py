@@ -1,7 +1,9 @@
-"""More text from the same text: words swapped for others of their kind, so the small model learns the kinds."""
+"""More text from the same text: words swapped for others of their kind, and halves of sentences exchanged."""
 
 import random
 import re
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 KINDS: tuple[tuple[str, ...], ...] = (
     ("movie", "film"),
@@ -58,4 +60,44 @@ def variants(texts: list[str], count: int, seed: int) -> list[str]:
     found = dict.fromkeys(texts)
     for text in texts:
         found.update(dict.fromkeys(vary(text, rng) for _ in range(count)))
+    return list(found)
+
+
+JOINT = re.compile(r", (and|but) ")
+STANDS_ALONE = re.compile(
+    r"(?:I|it|we|the|this|that|nobody|everyone|my|there|you)\b(?!.*\b(?:he|him|his|she|her|they|them)\b)"
+)
+
+
+def sign(text: str, analyzer: SentimentIntensityAnalyzer) -> int:
+    """1, -1 or 0: VADER's verdict on `text`."""
+    compound = analyzer.polarity_scores(text)["compound"]
+    return (compound >= 0.05) - (compound <= -0.05)
+
+
+def recombine(texts: list[str], count: int, seed: int) -> list[str]:
+    """Up to `count` new sentences from the halves of sentences of the form ``first, and (or but) second.``
+
+    A first half gets the second half of another sentence with the same joint whose halves VADER gives the same
+    signs, provided that the new second half stands alone: its subject refers to nothing in its old first half.
+    """
+    rng = random.Random(seed)
+    analyzer = SentimentIntensityAnalyzer()
+    firsts: list[tuple[str, tuple[str, int, int]]] = []
+    seconds: dict[tuple[str, int, int], list[str]] = {}
+    for text in texts:
+        parts = JOINT.split(text, maxsplit=1)
+        if len(parts) != 3:
+            continue
+        first, joint, second = parts
+        key = (joint, sign(first, analyzer), sign(second, analyzer))
+        if len(first.split()) >= 3:
+            firsts.append((first, key))
+        if STANDS_ALONE.match(second):
+            seconds.setdefault(key, []).append(second)
+    found: dict[str, None] = {}
+    for _ in range(count if firsts else 0):
+        first, key = rng.choice(firsts)
+        if key in seconds:
+            found[f"{first}, {key[0]} {rng.choice(seconds[key])}"] = None
     return list(found)

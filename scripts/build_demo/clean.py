@@ -13,7 +13,7 @@ from .seeds import EXAMPLES
 
 MIN_WORDS, MAX_WORDS = 6, 28
 MIN_WORD_COUNT = 4
-HELDOUT = 100
+HELDOUT = 800
 # Shares of the final corpus; what VADER calls neutral makes up the rest.
 POSITIVE_SHARE, NEGATIVE_SHARE = 0.38, 0.38
 CLEAR = 0.3

@@ -75,20 +75,13 @@ def write_raw(work: Path, minutes: float, seed: int = 0) -> Path:
         prefix_ids = tokenizer(prefix, add_special_tokens=False).input_ids
         openings = [opening(rng) for _ in range(OPENINGS_PER_ROUND)]
         opening_ids = [tokenizer(text, add_special_tokens=False).input_ids for text in openings]
-        started, tokens, rows = time.time(), 0, []
-        for index, ids, ended in sampler.sample(prefix_ids, opening_ids, stop, TEMPERATURE, TOP_P, generator):
-            tokens += len(ids)
-            row = {
-                "round": done,
-                "kind": kind,
-                "opening": openings[index],
-                "text": tokenizer.decode(ids),
-                "ended": ended,
-            }
-            rows.append(json.dumps(row) + "\n")
+        started, tokens = time.time(), 0
         with path.open("a") as out:
-            out.writelines(rows)
+            for index, ids, ended in sampler.sample(prefix_ids, opening_ids, stop, TEMPERATURE, TOP_P, generator):
+                tokens += len(ids)
+                row = {"round": done, "kind": kind, "opening": openings[index], "text": tokenizer.decode(ids).strip()}
+                out.write(json.dumps(row | {"ended": ended}) + "\n")
         seconds = time.time() - started
-        print(f"round {done} {kind}: {len(rows)} texts, {seconds:.0f} s, {tokens / seconds:.0f} tokens/s", flush=True)
+        print(f"round {done} {kind}: {seconds:.0f} s, {tokens / seconds:.0f} tokens/s", flush=True)
         done += 1
     return path

@@ -17,14 +17,14 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .augment import variants
+from .augment import recombine, variants
 from .clean import read_reviews, words
 from .sources import RATED_SETS, Rated, is_heldout, rated_snippets
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 3072
 HUMAN_MAX_WORDS = 30
-VARIANTS = 3
+VARIANTS, RECOMBINED = 2, 1
 KEEP_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -81,7 +81,7 @@ def train_lm(
     *,
     epochs: float,
     learning_rate: float,
-    batch: int = 64,
+    batch: int = 32,
     seed: int = 0,
 ) -> float:
     """Trains `model` on texts that each end in EOS, saves it to `out`, returns the held-out loss per token."""
@@ -123,13 +123,14 @@ def train_lm(
 def build_policy(work: Path, *, pretrain_epochs: float, epochs: float, seed: int = 0) -> dict[str, float]:
     """Trains ``work/pretrained`` on all reviews, then ``work/policy`` on the simple ones alone.
 
-    Both see the simple reviews with their variants; a variant that equals a held-out review is left out.
+    The second sees the simple reviews with variants and exchanged halves, none of which equals a held-out review.
     """
     torch.manual_seed(seed)
     reviews = [review.text for review in read_reviews(work, "train")]
     heldout = [review.text for review in read_reviews(work, "heldout")]
     unseen = {" ".join(words(text)) for text in heldout}
-    train = [text for text in variants(reviews, VARIANTS, seed) if " ".join(words(text)) not in unseen]
+    more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed)
+    train = [text for text in more if " ".join(words(text)) not in unseen]
     human = [row.text for row in human_texts(work) if not is_heldout(row.text)]
     report: dict[str, float] = {"reviews": len(reviews), "with variants": len(train), "human snippets": len(human)}
     print(report, flush=True)

@@ -131,7 +131,7 @@ def load_scorer(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def build_reward(work: Path, start: Path, out: Path, *, pairs: int, seed: int = 0) -> dict[str, float]:
-    """Trains ``out`` from the language model `start` on pairs of film and product review snippets."""
+    """Trains `out` from the language model `start` on pairs of film and product review snippets."""
     torch.manual_seed(seed)
     train, heldout = split_snippets(work, SOURCES)
     model, tokenizer = load_scorer(start)

@@ -6,6 +6,7 @@ is kept next to this file, and a typing error in the command name costs no wait.
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -38,7 +39,7 @@ commands:
 """
 
 _EXAMPLES = """\
---help-all lists the flags inherited from transformers.TrainingArguments too; docs/config.md says what each does.
+--help-all lists the flags inherited from transformers.TrainingArguments, too.
 
 examples:
   fourscore ppo
@@ -131,6 +132,7 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -222,7 +224,7 @@ def render_help(all_flags: bool = False) -> str:
         formatter.start_section(title)
         formatter.add_arguments([_for_display(actions[name]) for name in names])
         formatter.end_section()
-    return f"{formatter.format_help()}\n{_EXAMPLES}"
+    return f"{formatter.format_help().replace(_NO_BREAK, ' ')}\n{_EXAMPLES}"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -243,9 +245,10 @@ def _for_display(action: argparse.Action) -> argparse.Action:
     facts = [", ".join(choices)] if 0 < len(choices) <= 6 else []
     default = shown_default(action.dest, action.default)
     if default is not None and "(default: " not in help_string:
-        facts.append(f"default: {default}".replace("%", "%%"))
+        facts.append(f"default:{_NO_BREAK}{default}".replace("%", "%%"))
     if facts:
         help_string = f"{help_string.removesuffix('.')} ({'; '.join(facts)})."
+    help_string = help_string.replace("(default: ", f"(default:{_NO_BREAK}")
     flag = action.nargs == "?"
     if flag:
         metavar = "[BOOL]"
@@ -297,11 +300,20 @@ def _read_config(path: Path, parser: Any) -> dict[str, Any]:
     for key in values:
         if key not in actions:
             raise FourscoreError(f"--config {path}: there is no flag {key}{_closest(str(key), actions)}")
+    # A run's config.yaml has both names of these settings; without the newer one, a flag with the older one can win.
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if old in values and values.get(new) == values[old]:
+            values.pop(new)
     return {key: _convert(actions[key], value, path) for key, value in values.items()}
 
 
 def _convert(action: argparse.Action, value: Any, path: Path) -> Any:
     """One value of a configuration file, as argparse would make it of its text."""
+    if value is None and action.default is not None and action.dest not in ("stop_token", "dtype"):
+        raise FourscoreError(f"--config {path}: {action.dest} has no value")
     if value is None or isinstance(value, dict):
         return value
     if isinstance(value, list):
@@ -317,7 +329,8 @@ def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
     try:
         converted = convert(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        kind = {int: "a whole number", float: "a number"}.get(convert, "true or false")
+        kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
+        kind = kinds.get(convert, "true or false")
         raise FourscoreError(f"--config {path}: {action.dest}: {value!r} is not {kind}") from error
     if action.choices is not None and converted not in action.choices:
         choices = ", ".join(str(choice) for choice in action.choices)
@@ -328,10 +341,11 @@ def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
 def _check_together(given: argparse.Namespace) -> None:
     """Refuse flags that leave open which models or prompts are meant: the shipped ones go with each other only."""
     missing = [name for name in ("sft_model_path", "reward_model_path") if getattr(given, name) is None]
+    shipped = (None, str(demo.POLICY), str(demo.REWARD))
     named = [
         name
         for name in ("model_name_or_path", "sft_model_path", "reward_model_path")
-        if getattr(given, name) is not None
+        if getattr(given, name) not in shipped
     ]
     if named and missing:
         flags = " and ".join(f"--{name}" for name in missing)
@@ -384,10 +398,11 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     from fourscore.ppo.trainer import PPOTrainer
     from fourscore.runs import directory
 
+    _set_up_logging(training_args)
     resume = _resume(training_args.resume_from_checkpoint)
     # One process looks, before any can write there; when it fails the launcher stops the others.
     if training_args.process_index == 0:
-        directory.check(training_args.output_dir, resume)
+        directory.check(str(training_args.output_dir), resume)
     models = load_models(model_args, training_args)
     train_dataset, eval_dataset = load_prompts(script_args, training_args, models.tokenizer)
     trainer = PPOTrainer(
@@ -400,10 +415,22 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
+    trainer.run_config = [script_args, training_args, model_args]
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _set_up_logging(training_args: "PPOConfig") -> None:
+    """Apply `log_level`; left at passive, fourscore's own messages are shown and transformers' level stays."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(format="%(message)s")
+    level = training_args.get_process_log_level()
+    transformers_logging.set_verbosity(level)
+    passive = training_args.log_level == "passive" and training_args.process_index == 0
+    logging.getLogger("fourscore").setLevel(logging.INFO if passive else level)
 
 
 def _resume(flag: str | None) -> str | bool | None:

@@ -84,34 +84,30 @@ class ModelConfig:
         FourscoreError: a value out of range, or two that exclude each other.
     """
 
-    model_name_or_path: str | None = _option(
-        "Tokenizer to use (default: the one of sft_model_path). Models come from the two paths below.", None
-    )
+    model_name_or_path: str | None = _option("Tokenizer only (default: that of sft_model_path).", None)
     model_revision: str = _option("Branch, tag or commit of hub checkpoints.", "main")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _option(
-        "Type of frozen weights; what trains is float32 in any case.", "float32"
+        "Type of frozen weights; what trains is float32.", "float32"
     )
     attn_implementation: str | None = _option("Attention, such as sdpa, eager or flash_attention_2.", None)
     trust_remote_code: bool = _option("Run model code that comes with a checkpoint.", False)
-    allow_untrained_reward_head: bool = _option(
-        "Accept a reward checkpoint without a trained score head (its scores are noise).", False
-    )
-    use_peft: bool = _option("Train LoRA adapters; the policy without its own is the reference.", False)
+    allow_untrained_reward_head: bool = _option("Accept a reward checkpoint whose score head is noise.", False)
+    use_peft: bool = _option("Train LoRA adapters; without them the policy is its reference.", False)
     lora_r: int = _option("LoRA rank.", 16)
     lora_alpha: int = _option("LoRA alpha.", 32)
-    lora_dropout: float = _option("LoRA dropout; taken as 0, PPO needs the policy that was sampled.", 0.05)
+    lora_dropout: float = _option("LoRA dropout; saved, but 0 in training.", 0.05)
     lora_target_modules: list[str] | None = _option(
-        "Modules that get an adapter, or all-linear (default: PEFT's for the architecture).", None
+        "Modules with an adapter, or all-linear (default: PEFT's choice).", None
     )
-    lora_target_parameters: list[str] | None = _option("Parameters that get an adapter (experts of an MoE).", None)
+    lora_target_parameters: list[str] | None = _option("Parameters with an adapter, such as experts of an MoE.", None)
     lora_modules_to_save: list[str] | None = _option("Modules of the policy that train in full.", None)
     lora_task_type: str = _option("PEFT task type of the policy; the value model's is SEQ_CLS.", "CAUSAL_LM")
-    use_rslora: bool = _option("Scale adapters by alpha/sqrt(r), not alpha/r.", False)
-    use_dora: bool = _option("DoRA: train magnitude and direction of weights apart.", False)
-    load_in_8bit: bool = _option("Quantize frozen weights to 8 bits; needs use_peft.", False)
-    load_in_4bit: bool = _option("Quantize frozen weights to 4 bits; needs use_peft.", False)
+    use_rslora: bool = _option("Scale adapters by alpha/sqrt(r).", False)
+    use_dora: bool = _option("Train magnitude and direction apart (DoRA).", False)
+    load_in_8bit: bool = _option("Frozen weights in 8 bits; needs use_peft.", False)
+    load_in_4bit: bool = _option("Frozen weights in 4 bits; needs use_peft.", False)
     bnb_4bit_quant_type: Literal["fp4", "nf4"] = _option("4-bit number format.", "nf4")
-    use_bnb_nested_quant: bool = _option("Quantize the quantization constants too.", False)
+    use_bnb_nested_quant: bool = _option("Quantize the quantization constants.", False)
     bnb_4bit_quant_storage: str | None = _option("Type that 4-bit weights are stored as.", None)
 
     def __post_init__(self) -> None:
@@ -135,14 +131,14 @@ class ScriptArguments:
         FourscoreError: `dataset_streaming` is set.
     """
 
-    dataset_name: str | None = _option("Prompts: hub name, file or folder (default: those that ship).", None)
+    dataset_name: str | None = _option("Prompts: hub name, file or folder (default: shipped ones).", None)
     dataset_config: str | None = _option("Configuration of a hub dataset.", None)
     dataset_train_split: str = _option("Split to train on.", "train")
     dataset_test_split: str = _option("Split to evaluate on.", "test")
     eval_dataset_name: str | None = _option("Prompts to evaluate on, if in another place.", None)
-    prompt_column: str = _option("Column of the prompts: text, a conversation or token ids.", "prompt")
+    prompt_column: str = _option("Column with text, a conversation or input_ids.", "prompt")
     dataset_streaming: bool = _option("Not supported: the number of prompts sets the length of a run.", False)
-    ignore_bias_buffers: bool = _option("Accepted, has no effect: buffers are not broadcast.", False)
+    ignore_bias_buffers: bool = _option("Accepted, has no effect.", False)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -239,6 +235,9 @@ class PPOConfig(TrainingArguments):
         if self.stop_token == "none" or self.stop_token_id is not None:
             self.stop_token = None
 
+        # transformers takes True from Python only, and the name of a sharding strategy from a command line.
+        self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
+
         accelerated = _has_accelerator() and not self.use_cpu
         self._resolve_checkpointing(accelerated)
         launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -259,7 +258,7 @@ class PPOConfig(TrainingArguments):
         self.bf16 = self.bf16 or emulated
         self.mixed_precision = "bf16" if self.bf16 else "no"
 
-        self._refuse_fsdp1()
+        self._check_fsdp()
         self._check_schedules()
         self._check_derived()
         self.world_size = self._num_processes()
@@ -331,14 +330,10 @@ class PPOConfig(TrainingArguments):
         by_launcher = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if not self.deepspeed and not by_launcher:
             return
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-        if isinstance(self.deepspeed, dict):
-            stage = str(self.deepspeed.get("zero_optimization", {}).get("stage", stage))
-        reshard = "true" if stage == "3" else "false"
         source = "--deepspeed" if self.deepspeed else "the DeepSpeed configuration of accelerate launch"
         raise FourscoreError(
             f"{source} is not supported (it takes one trained model, PPO has two): use accelerate launch --use_fsdp "
-            f"--fsdp_version 2 --fsdp_reshard_after_forward {reshard} --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+            "--fsdp_version 2, which shards as ZeRO-3 does"
         )
 
     def _refuse_fields(self) -> None:
@@ -351,16 +346,23 @@ class PPOConfig(TrainingArguments):
             unset = value == default or (not value and not default) or value == AcceleratorConfig()
             _require(unset, item.name, value, note.note)
 
-    def _refuse_fsdp1(self) -> None:
-        environment = parse_flag_from_env("ACCELERATE_USE_FSDP")
-        version: Any = os.environ.get("FSDP_VERSION", "1") if environment else "2"
-        if self.fsdp and isinstance(self.fsdp_config, dict):
-            version = self.fsdp_config.get("version", 2)
-        if str(version) != "2":
-            raise FourscoreError(
-                "FSDP version 1 is not supported: use accelerate launch --use_fsdp --fsdp_version 2, "
-                'or "version": 2 in --fsdp_config'
-            )
+    def _check_fsdp(self) -> None:
+        """Hold the FSDP settings of the flags and of `accelerate launch` against what is supported."""
+        settings: dict[str, Any] = {}
+        if self.fsdp:
+            settings = {"version": 2} | (self.fsdp_config if isinstance(self.fsdp_config, dict) else {})
+        elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            settings = {
+                "version": os.environ.get("FSDP_VERSION", "1"),
+                "cpu_offload": parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+                "activation_checkpointing": parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"),
+            }
+        if settings and str(settings["version"]) != "2":
+            raise FourscoreError("FSDP version 1 is not supported: use accelerate launch --use_fsdp --fsdp_version 2")
+        if str(settings.get("cpu_offload", False)).lower() == "true":
+            raise FourscoreError("FSDP's CPU offload is not supported: use more processes, or --use_peft")
+        if str(settings.get("activation_checkpointing", False)).lower() == "true":
+            raise FourscoreError("FSDP's activation_checkpointing is not supported: use --gradient_checkpointing true")
 
     def _resolve_checkpointing(self, accelerated: bool) -> None:
         pairs = (

@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "model_adapter_name": _honoured("Name of the adapter to train, for a policy with several."),
         "ref_adapter_name": _honoured("Name of the adapter that is the reference, for a policy with several."),
         "value_training": _changed(
-            "With PEFT, the value model trains an adapter and its head, or all of it (full).",
+            "What trains of the value model under PEFT, beside its head.",
             "Not in TRL, which trains the whole value model.",
         ),
     },
@@ -69,9 +69,9 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
         "max_prompt_length": _changed("Most tokens in a prompt.", "Not in TRL."),
         "max_prompt_length_action": _changed(
-            "What to do with longer prompts; truncate keeps their end.", "Not in TRL, which uses prompts of any length."
+            "Longer prompts; truncate keeps their end.", "Not in TRL, which uses prompts of any length."
         ),
-        "local_rollout_forward_batch_size": _honoured("Samples in one forward pass without gradients, per process."),
+        "local_rollout_forward_batch_size": _honoured("Samples generated or scored at a time, per process."),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },
     "PPO": {
@@ -81,23 +81,23 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "The batch is really split into this many optimizer steps; TRL steps once per "
             "gradient_accumulation_steps microbatches whatever is set here.",
         ),
-        "kl_coef": _honoured("Weight of the per-token KL penalty in the reward."),
-        "kl_estimator": _honoured("KL estimate: k1 (unbiased) or k3 (unbiased, less variance)."),
+        "kl_coef": _honoured("Weight of the KL penalty in the reward."),
+        "kl_estimator": _honoured("KL estimator; both are unbiased, k3 varies less."),
         "cliprange": _honoured("Clip range of the policy ratio."),
         "cliprange_value": _honoured("Clip range of the value prediction."),
         "vf_coef": _honoured("Weight of the value loss."),
         "gamma": _honoured("Discount factor."),
         "lam": _honoured("GAE lambda."),
-        "whiten_rewards": _honoured("Whiten rewards before advantages are computed."),
+        "whiten_rewards": _honoured("Whiten rewards before GAE."),
     },
     "Batch and length": {
-        "per_device_train_batch_size": _honoured("Samples in one forward/backward pass, per process."),
-        "gradient_accumulation_steps": _honoured("Such passes in one rollout batch."),
+        "per_device_train_batch_size": _honoured("Samples in a forward and backward pass."),
+        "gradient_accumulation_steps": _honoured("Such passes in a rollout batch."),
         "per_device_eval_batch_size": _honoured("Prompts generated and scored at a time in evaluation."),
-        "total_episodes": _honoured("Samples to train on (default: num_train_epochs times the prompts)."),
-        "num_train_epochs": _honoured("Passes over the prompts; total_episodes and max_steps override it."),
+        "total_episodes": _honoured("Samples to train on (default: num_train_epochs x prompts)."),
+        "num_train_epochs": _honoured("Passes over the prompts."),
         "max_steps": _changed(
-            "Updates (rollout batches) to run; overrides total_episodes.",
+            "Updates (rollout batches); above 0 it overrides total_episodes.",
             "Counts updates; without effect in TRL's PPO.",
         ),
         "world_size": _refused("Number of processes.", "It is computed: start the processes with accelerate launch."),
@@ -124,13 +124,13 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     "Optimisation": {
         "learning_rate": _honoured("Peak learning rate of policy and value model."),
         "lr_scheduler_type": _changed(
-            "Learning rate schedule, by its transformers name; one step an update.",
+            "Learning rate schedule; one step an update.",
             "reduce_lr_on_plateau and greedy are refused: PPO has no evaluation loss that they could follow.",
         ),
         "lr_scheduler_kwargs": _honoured("Arguments of the scheduler, as JSON."),
-        "warmup_steps": _honoured("Updates of linear warmup; below 1 a share of all updates."),
+        "warmup_steps": _honoured("Updates of linear warmup; below 1 a share of all."),
         "optim": _changed(
-            "Optimizer, by its transformers name.",
+            "Optimizer, by its name in transformers.",
             "Those that change the backward pass or need modes of their own (galore, apollo, lomo, schedule_free) are "
             "refused.",
         ),
@@ -140,7 +140,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "adam_beta2": _honoured("Adam beta 2."),
         "adam_epsilon": _honoured("Adam epsilon."),
         "max_grad_norm": _changed(
-            "Gradient norm to clip to, for policy and value model each; 0: off.", "Without effect in TRL's PPO."
+            "Gradient clipping, of policy and value model each; 0: off.", "Without effect in TRL's PPO."
         ),
         "optim_target_modules": _refused(
             "Modules for GaLore or APOLLO.", "These optimizers are not supported: --use_peft saves optimizer memory."
@@ -156,16 +156,16 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     },
     "Precision and memory": {
         "bf16": _changed(
-            "bfloat16 autocast (default: on where the accelerator has it).",
-            "Unset means on for an accelerator with bfloat16 (or with accelerate launch --mixed_precision bf16), else off "
-            "(TRL: always on, an error on a CPU). On a CPU it is emulated and slow.",
+            "bfloat16 autocast (default: on if the accelerator has it).",
+            "Unset: on for an accelerator with bfloat16 or with accelerate launch --mixed_precision bf16, else off "
+            "(TRL: always on, an error on a CPU). Frozen bfloat16 weights (dtype) turn it on, too. Slow on a CPU.",
         ),
         "fp16": _refused("float16 autocast.", "Loss scaling is not supported: use --bf16, or neither."),
         "bf16_full_eval": _refused("bfloat16 evaluation.", "Evaluation has the precision of training: use --bf16."),
         "fp16_full_eval": _refused("float16 evaluation.", "Evaluation has the precision of training: use --bf16."),
         "tf32": _honoured("TF32 matrix products on CUDA."),
         "gradient_checkpointing": _changed(
-            "Recompute activations to save memory (default: on, off on a CPU).",
+            "Recompute activations, to save memory (default: on; off on a CPU).",
             "Unset means on for an accelerator, off on a CPU (TRL: on).",
         ),
         "activation_checkpointing": _changed(
@@ -174,7 +174,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "gradient_checkpointing_kwargs": _honoured("Arguments of gradient checkpointing, as JSON."),
         "activation_checkpointing_kwargs": _honoured("Newer name of gradient_checkpointing_kwargs."),
-        "torch_empty_cache_steps": _honoured("Empty the accelerator's cache every so many updates."),
+        "torch_empty_cache_steps": _honoured("Empty the CUDA cache every so many updates."),
         "auto_find_batch_size": _refused(
             "Lower the batch size on out-of-memory errors.",
             "It would change the update: lower --per_device_train_batch_size and raise --gradient_accumulation_steps.",
@@ -198,7 +198,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Continue from a checkpoint folder, or true for the last one.",
             "fourscore ppo hands it to train(); TRL's PPO cannot resume.",
         ),
-        "seed": _honoured("Seed of sampling, shuffling and new heads and adapters."),
+        "seed": _honoured("Seed of all randomness."),
         "data_seed": _honoured("Seed of the order of the prompts (default: seed)."),
         "full_determinism": _honoured("Deterministic kernels; slower."),
         "logging_strategy": _changed(
@@ -206,19 +206,26 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "epoch is refused: use steps. Rules report_to and the console; metrics.jsonl has a line for every update.",
         ),
         "logging_steps": _changed(
-            "Report every so many updates.", "Default: 1 (TRL: 10). metrics.jsonl has a line for every update."
+            "Updates between reports.", "Default: 1 (TRL: 10). metrics.jsonl has a line for every update."
         ),
         "logging_first_step": _honoured("Report the first update too."),
-        "report_to": _honoured("Trackers to report to, such as trackio, wandb, tensorboard."),
+        "report_to": _honoured("Tracker, such as trackio, wandb or tensorboard."),
         "run_name": _honoured("Name of the run in trackers."),
         "project": _honoured("Project of the run in trackers."),
         "trackio_space_id": _honoured("Space that trackio reports to."),
         "trackio_bucket_id": _honoured("Bucket that trackio reports to."),
         "trackio_static_space_id": _honoured("Static space that trackio publishes to."),
         "disable_tqdm": _honoured("No progress bar."),
-        "log_level": _honoured("Log level of the main process."),
-        "log_level_replica": _honoured("Log level of the other processes."),
-        "log_on_each_node": _honoured("Whether the first process of every node takes log_level."),
+        "log_level": _changed(
+            "Log level of the main process.", "fourscore ppo sets it; a script of your own sets up logging itself."
+        ),
+        "log_level_replica": _changed(
+            "Log level of the other processes.", "fourscore ppo sets it; a script of your own sets up logging itself."
+        ),
+        "log_on_each_node": _changed(
+            "Whether the first process of every node takes log_level.",
+            "fourscore ppo sets it; a script of your own sets up logging itself.",
+        ),
         "logging_nan_inf_filter": _changed(
             "Filter NaN and infinity from logs.", "Accepted, has no effect: nothing is filtered."
         ),
@@ -228,9 +235,9 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "skip_memory_metrics": _changed(
             "No memory metrics.", "Accepted, has no effect: memory/peak_gib is always logged."
         ),
-        "num_sample_generations": _honoured("Times in a run that sample completions are written down; 0: never."),
+        "num_sample_generations": _honoured("Times in a run that samples are written down; 0: never."),
         "eval_strategy": _changed("When to evaluate.", "epoch is refused: use steps."),
-        "eval_steps": _honoured("Evaluate every so many updates (default: logging_steps)."),
+        "eval_steps": _honoured("Updates between evaluations (default: logging_steps)."),
         "eval_delay": _honoured("Updates before the first evaluation."),
         "eval_on_start": _honoured("Evaluate before the first update."),
         "eval_accumulation_steps": _changed("Moves predictions to the CPU.", "Accepted, has no effect."),
@@ -244,9 +251,9 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "compute_metrics per batch.", "There is no compute_metrics: evaluation reports scores and KL."
         ),
         "save_strategy": _changed("When to save checkpoints.", "epoch and best are refused: use steps."),
-        "save_steps": _honoured("Save a checkpoint every so many updates; below 1 a share of all updates."),
+        "save_steps": _honoured("Updates between checkpoints; below 1 a share of all."),
         "save_total_limit": _honoured("Checkpoints to keep."),
-        "save_only_model": _honoured("Checkpoints without optimizer state: smaller, cannot be resumed."),
+        "save_only_model": _honoured("Checkpoints that cannot be resumed, but are smaller."),
         "save_on_each_node": _refused(
             "Every node saves.", "The first process alone writes: use an output directory that all nodes share."
         ),
@@ -270,22 +277,35 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     "Hub": {
         "push_to_hub": _honoured("Push the trained policy to the hub."),
         "hub_model_id": _honoured("Repository to push to (default: the name of output_dir)."),
-        "hub_strategy": _honoured("What to push and when."),
+        "hub_strategy": _changed("What to push and when.", "Accepted, has no effect: the finished run is pushed."),
         "hub_token": _honoured("Token to push with; never written to a run directory."),
         "hub_private_repo": _honoured("Make the repository private."),
-        "hub_always_push": _honoured("Push even while the last push is under way."),
+        "hub_always_push": _changed(
+            "Push while the last push is under way.", "Accepted, has no effect: the finished run is pushed."
+        ),
         "hub_revision": _honoured("Branch to push to."),
     },
     "Distributed": {
-        "use_cpu": _honoured("Train on the CPU even if there is an accelerator."),
-        "fsdp": _changed("FSDP2 sharding.", "FSDP2 only: version 1 is refused."),
-        "fsdp_config": _changed("Options of FSDP2, as JSON or a file.", "FSDP2 only: version 1 is refused."),
+        "use_cpu": _honoured("Train on the CPU in any case."),
+        "fsdp": _changed(
+            "Shard parameters with FSDP2.",
+            "FSDP2 only: version 1 and offloading to the CPU are refused. Each transformer layer is a group.",
+        ),
+        "fsdp_config": _changed(
+            "Options of FSDP2, as JSON or a file.",
+            "Only version 2 without cpu_offload and activation_checkpointing (use gradient_checkpointing); other "
+            "options have no effect.",
+        ),
         "ddp_backend": _honoured("Backend of torch.distributed."),
         "ddp_timeout": _honoured("Timeout of torch.distributed, in seconds."),
-        "ddp_find_unused_parameters": _changed("Option of DDP.", "Accepted, has no effect."),
-        "ddp_bucket_cap_mb": _changed("Option of DDP.", "Accepted, has no effect."),
-        "ddp_broadcast_buffers": _changed("Option of DDP.", "Accepted, has no effect."),
-        "ddp_static_graph": _changed("Option of DDP.", "Accepted, has no effect."),
+        "ddp_find_unused_parameters": _changed(
+            "Option of DDP.", "Accepted, has no effect: gradients are added up directly."
+        ),
+        "ddp_bucket_cap_mb": _changed("Option of DDP.", "Accepted, has no effect: gradients are added up directly."),
+        "ddp_broadcast_buffers": _changed(
+            "Option of DDP.", "Accepted, has no effect: gradients are added up directly."
+        ),
+        "ddp_static_graph": _changed("Option of DDP.", "Accepted, has no effect: gradients are added up directly."),
         "deepspeed": _refused("DeepSpeed configuration.", "DeepSpeed takes one trained model, PPO has two: use FSDP2."),
         "ds3_gather_for_generation": _changed(
             "Gather ZeRO-3 weights for generation.", "Accepted, has no effect: there is no DeepSpeed."

@@ -30,7 +30,7 @@ def add_policy_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     Raises:
         FourscoreError: the model has an adapter already, or the config would change the shared base.
     """
-    config = _checked_copy(model, peft_config)
+    config = _checked_copy(model, peft_config, report=True)
     config.task_type = TaskType.CAUSAL_LM
     return _wrap(model, config)
 
@@ -48,7 +48,7 @@ def add_value_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
         raise FourscoreError(
             f"value model {type(model).__name__} has no `{HEAD}` head: use a decoder's ForSequenceClassification"
         )
-    config = _checked_copy(model, peft_config)
+    config = _checked_copy(model, peft_config, report=False)
     config.task_type = TaskType.SEQ_CLS
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):
@@ -100,7 +100,9 @@ def reference(
     """
     for flag, name in (("ref_adapter_name", ref_adapter_name), ("model_adapter_name", model_adapter_name)):
         if name is not None and name not in policy.peft_config:
-            raise FourscoreError(f"--{flag} {name}: the policy has no such adapter, only {', '.join(policy.peft_config)}")
+            raise FourscoreError(
+                f"--{flag} {name}: the policy has no such adapter, only {', '.join(policy.peft_config)}"
+            )
     gradients = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     active = [model_adapter_name] if model_adapter_name is not None else list(policy.base_model.active_adapters)
     try:
@@ -121,7 +123,7 @@ def reference(
                 parameter.requires_grad_(requires_grad)
 
 
-def _checked_copy(model: nn.Module, peft_config: PeftConfig) -> Any:
+def _checked_copy(model: nn.Module, peft_config: PeftConfig, report: bool) -> Any:
     if isinstance(model, PeftModel):
         raise FourscoreError(
             "a PEFT config (--use_peft) for a model that has an adapter already: pass the adapted model without a "
@@ -144,7 +146,8 @@ def _checked_copy(model: nn.Module, peft_config: PeftConfig) -> Any:
     config.inference_mode = False
     for name, value in list(vars(config).items()):
         if name.endswith("dropout") and isinstance(value, int | float) and value:
-            logger.warning("%s=%s is set to 0: PPO's ratio needs a deterministic policy", name, value)
+            if report:
+                logger.warning("%s %s is taken as 0: PPO needs the policy that was sampled", name, value)
             setattr(config, name, 0.0)
     return config
 
@@ -160,7 +163,7 @@ def _wrap(model: nn.Module, config: Any) -> PeftModel:
 
 
 def _cast_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight: torch.Tensor = module.weight
     return (args[0].to(weight.dtype), *args[1:]) if args else args
 
 

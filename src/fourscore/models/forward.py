@@ -177,18 +177,25 @@ def score_head(model: nn.Module) -> nn.Linear:
 
 def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The score head's output at chosen positions, in fp32 whatever autocast says; `[len(rows)]`."""
-    out: list[Tensor] = []
+    found: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         hidden = args[0][rows, columns]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if module.bias is None else module.bias.to(wide)
-            out.append(F.linear(hidden.to(wide), module.weight.to(wide), bias).squeeze(-1))
+            found.append(F.linear(hidden.to(wide), module.weight.to(wide), bias).squeeze(-1))
 
-    with _hook(score_head(model).register_forward_hook(read)), _pools_anything(model):
-        model(input_ids=ids, use_cache=False)
-    return out[0]
+    def hand_over(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        output.logits = found[0]
+        return output
+
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # FSDP2 gathers weights for the backward of what the model itself returns, so the result leaves that way; the
+    # hook runs before FSDP2's own.
+    returned = base.register_forward_hook(hand_over, prepend=True)
+    with _hook(score_head(model).register_forward_hook(read)), _hook(returned), _pools_anything(model):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 @contextmanager

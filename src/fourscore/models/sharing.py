@@ -33,7 +33,7 @@ def clone_owning(model: M, dtype: torch.dtype) -> M:
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     twin = copy.deepcopy(model, memo)
     if hasattr(twin, "config"):
-        twin.config.dtype = dtype  # type: ignore[union-attr]
+        twin.config.dtype = dtype
     return twin
 
 
@@ -65,7 +65,7 @@ def share_parameters(target: nn.Module, source: nn.Module) -> int:
             continue
         setattr(module, attribute, theirs)
         if attribute == "weight" and _is_8bit(module):
-            module.state.CB, module.state.SCB = other.state.CB, other.state.SCB  # type: ignore[union-attr]
+            module.state.CB, module.state.SCB = other.state.CB, other.state.SCB
         if attribute == "weight" and getattr(module, "quant_state", None) is not None:
             module.quant_state = theirs.quant_state
     after = _storages(target)
@@ -89,9 +89,9 @@ def _same_bytes(module: nn.Module, mine: Tensor, other: nn.Module, theirs: Tenso
     if type(mine) is not type(theirs) or not _equal(mine, theirs):
         return False
     if hasattr(mine, "quant_state"):
-        return _same_scales(mine.quant_state, theirs.quant_state)  # type: ignore[attr-defined]
+        return _same_scales(mine.quant_state, theirs.quant_state)
     if _is_8bit(module) and _is_8bit(other) and mine is module.weight:
-        return _equal(module.state.SCB, other.state.SCB)  # type: ignore[union-attr]
+        return _equal(module.state.SCB, other.state.SCB)
     return True
 
 
@@ -129,7 +129,7 @@ def _tensors(module: nn.Module) -> Iterator[Any]:
     owned = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
     state = vars(module).get("state")
     if _is_8bit(module):
-        owned += [state.CB, state.SCB]  # type: ignore[union-attr]
+        owned += [state.CB, state.SCB]
     for tensor in owned:
         if not isinstance(tensor, Tensor):
             continue
@@ -148,6 +148,6 @@ def _is_8bit(module: nn.Module) -> bool:
 
 
 def _settle_8bit(module: nn.Module) -> None:
-    """Does what the first 8-bit forward does, which takes the scales off the Parameter and would starve a second tree."""
+    """Does what the first 8-bit forward does: it takes the scales off the Parameter, where a second tree looks."""
     if _is_8bit(module) and getattr(module.weight, "CB", None) is not None:
-        module.init_8bit_state()  # type: ignore[operator]
+        module.init_8bit_state()

@@ -71,9 +71,9 @@ def spare_special_token(
     made for the purpose come first (`<|padding|>`, then reserved, unused, placeholder, dummy, extra, fim), then the
     lowest id.
     """
-    roles = {
-        getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "sep", "cls", "mask")
-    } - {None}
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "sep", "cls", "mask")} - {
+        None
+    }
     taken = roles | set(stop_ids) | set(tokenizer("").input_ids)
     template = str(tokenizer.chat_template or "")
     # A template may build its names from pieces ('<|' + role + '|>'): then any token shaped so may be in use.

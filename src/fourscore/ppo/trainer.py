@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
@@ -125,7 +126,7 @@ class PPOTrainer:
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.control = TrainerControl()
         handlers = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
-        if not args.disable_tqdm and self.parallel.is_main:
+        if self.parallel.is_main:
             handlers.append(PPOProgress)
         self.callback_handler = CallbackHandler(
             handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
@@ -376,7 +377,8 @@ class PPOTrainer:
     def _print(self, rows: list[dict[str, Any]]) -> None:
         table = Table("prompt", "completion", "score", title=f"greedy completions after {self.state.global_step} updates")
         for row in rows:
-            table.add_row(row["prompt"], row["completion"], f"{row['score']:.3f}")
+            # As plain texts: a completion such as "[/x]" is broken rich markup.
+            table.add_row(Text(row["prompt"]), Text(row["completion"]), f"{row['score']:.3f}")
         # print, not the console, writes: rich's own output would go straight into a live progress line.
         console = Console()
         with console.capture() as text:
@@ -621,7 +623,7 @@ class PPOTrainer:
         return {
             "base_model": self.model.config._name_or_path,
             "adapter": hasattr(self.model, "peft_config"),
-            "dataset": getattr(self.train_dataset.info, "dataset_name", None),
+            "dataset": next((c.dataset_name for c in self.run_config if hasattr(c, "dataset_name")), None),
         }
 
     @staticmethod

@@ -75,7 +75,7 @@ def update(
         shuffled = torch.randperm(len(experience), generator=generator).to(experience.input_ids.device)
         for indices in shuffled.split(settings.minibatch):
             minibatch = experience.select(indices)
-            tokens = parallel.sum(minibatch.completion_lens.sum())
+            tokens = int(parallel.sum(minibatch.completion_lens.sum()))
             sums = _backward(policy, value_model, minibatch, settings, parallel.loss_scale / tokens, autocast)
             for name, parameters in trained.items():
                 parallel.reduce_gradients(parameters)
@@ -96,7 +96,7 @@ def _backward(
     value_model: nn.Module,
     minibatch: Experience,
     settings: UpdateSettings,
-    scale: Tensor,
+    scale: float,
     autocast: Callable[[], AbstractContextManager],
 ) -> Tensor:
     """Leave the minibatch's gradients in the parameters; returns the sums of `_SUMS` over its tokens."""

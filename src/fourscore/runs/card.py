@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from fourscore import demo
+
 if TYPE_CHECKING:
     from fourscore.config import PPOConfig
 
@@ -70,13 +72,15 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
         model_name=title,
     ).to_yaml()
 
-    trained = f"`{_shown(policy)}` trained with PPO against the reward model `{_shown(reward)}`"
+    start = "The SFT policy that ships with fourscore" if policy == str(demo.POLICY) else f"`{_shown(policy)}`"
+    judge = "that ships with fourscore" if reward == str(demo.REWARD) else f"`{_shown(reward)}`"
+    trained = f"{start} trained with PPO against the reward model {judge}"
     if dataset:
         trained += f" on the prompts of `{_shown(dataset)}`"
     sections = [
         f"---\n{front_matter}\n---",
         f"# {title}",
-        f"{trained}, by [fourscore](https://pypi.org/project/fourscore/).",
+        f"{trained}, by fourscore.",
         "## Use",
         _usage(args.hub_model_id or str(args.output_dir), adapter),
         "The folder `value_model` holds the value model that was trained beside it.",
@@ -135,4 +139,4 @@ def _is_hub_name(name: str) -> bool:
 
 def _shown(name: str) -> str:
     """A hub name as it is; of a local path its last part, for a card is read on other machines."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name

@@ -27,7 +27,9 @@ CARD = "README.md"
 # A checkpoint is written under another name and then renamed, so one with this name is complete.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
-_SECRETS = frozenset({"hub_token", "push_to_hub_token"})
+_SECRETS = ("hub_token", "push_to_hub_token")
+# These belong to one start of a run, not to its settings.
+_OF_ONE_START = ("local_rank", "resume_from_checkpoint")
 
 
 def check(path: str | Path, resume: str | bool | None) -> None:
@@ -78,13 +80,15 @@ def last_checkpoint(path: str | Path) -> Path | None:
 def write_config(path: str | Path, *configs: Any) -> None:
     """Write the settings of a run as YAML that `fourscore ppo --config` reads back into equal ones.
 
-    Left out are secrets, fields that follow from others, fields that may only have their default, and unset ones.
+    Left out are secrets, `resume_from_checkpoint`, fields that follow from others or from the machine, fields that may
+    only have their default, and unset ones.
 
     Args:
         path: The file.
         configs: Dataclass instances: `ScriptArguments`, `PPOConfig`, `ModelConfig`, or some of them.
     """
-    left_out = _SECRETS.union(DERIVED_FIELDS, (name for name, note in FIELDS.items() if note.status == "refused"))
+    refused = (name for name, note in FIELDS.items() if note.status == "refused")
+    left_out = {*_SECRETS, *_OF_ONE_START, *DERIVED_FIELDS, *refused}
     settings: dict[str, Any] = {}
     for config in configs:
         for field in dataclasses.fields(config):

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig
+from tiny import ARCHITECTURES, make_model, make_tokenizer
+
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
+from fourscore.models.sharing import clone_owning, clone_sharing, share_parameters
+
+IDS = torch.arange(3, 21).reshape(2, 9)
+
+
+def _pointers(model):
+    return {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_two_trees_over_one_set_of_parameters(arch):
+    reward = make_model(arch, make_tokenizer(), "reward").eval()
+    freeze(reward)
+    before = reward(IDS).logits
+    twin = clone_sharing(reward)
+    assert all(mine is theirs for mine, theirs in zip(twin.parameters(), reward.parameters(), strict=True))
+    assert torch.equal(twin(IDS).logits, before)
+
+    value = add_value_adapter(twin, LoraConfig(target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in value.parameters() if p.requires_grad], lr=0.05)
+    value(IDS).logits.sum().backward()
+    optimizer.step()
+    assert not torch.equal(value(IDS).logits, before)
+    assert torch.equal(reward(IDS).logits, before)
+    assert not any(p.requires_grad for p in reward.parameters())
+    owned = {n for n, p in value.named_parameters() if p.untyped_storage().data_ptr() not in _pointers(reward)}
+    assert owned == {n for n, p in value.named_parameters() if p.requires_grad}
+
+
+def test_tree_copies_config_hooks_and_ties():
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            output.logits = 2 * output.logits
+            return output
+
+    model = make_model("llama", make_tokenizer(), tie_word_embeddings=True)
+    add_hook_to_module(model, Double())
+    twin = clone_sharing(model)
+    twin.config.pad_token_id = 7
+    assert model.config.pad_token_id != 7 and twin.model.config is twin.config
+    assert twin.lm_head.weight is model.model.embed_tokens.weight
+    # The hooked forward of the copy runs the copy's modules.
+    twin.model.norm = torch.nn.Identity()
+    assert not torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+def test_moving_one_tree_moves_the_shared_parameters_once():
+    model = make_model("llama", make_tokenizer())
+    twin = clone_sharing(model)
+    model.to(torch.float64)
+    assert {p.dtype for p in twin.parameters()} == {torch.float64}
+    assert _pointers(model) == _pointers(twin)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_owning_copy(arch):
+    model = make_model(arch, make_tokenizer(), tie_word_embeddings=True).to(torch.bfloat16).eval()
+    copy = clone_owning(model, torch.float32)
+    assert not _pointers(model) & _pointers(copy)
+    assert copy.get_output_embeddings().weight is copy.get_input_embeddings().weight
+    assert {p.dtype for p in copy.parameters()} == {torch.float32} and copy.config.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(copy(IDS).logits, model.float()(IDS).logits)
+
+
+def test_equal_copies_are_shared_across_peft_names():
+    policy = make_model("llama", make_tokenizer())
+    ref = make_model("llama", make_tokenizer())
+    freeze(ref)
+    size = sum(p.nbytes for p in ref.parameters())
+    before = ref(IDS).logits
+    policy = add_policy_adapter(policy, LoraConfig(target_modules="all-linear"))
+    assert share_parameters(ref, policy) >= size
+    assert _pointers(ref) <= _pointers(policy)
+    assert torch.equal(ref(IDS).logits, before)
+    assert share_parameters(ref, policy) == 0
+
+
+def test_value_adapter_finds_the_reward_models_base():
+    reward, value = (make_model("llama", make_tokenizer(), "reward") for _ in range(2))
+    freeze(reward)
+    value = add_value_adapter(value, LoraConfig())
+    assert share_parameters(value, reward) > 0
+    owned = {n for n, p in value.named_parameters() if p.untyped_storage().data_ptr() not in _pointers(reward)}
+    assert owned == {n for n, p in value.named_parameters() if p.requires_grad}
+
+
+def test_only_frozen_equal_weights_are_shared():
+    target, source = make_model("llama", make_tokenizer()), make_model("llama", make_tokenizer())
+    assert share_parameters(target, source) == 0, "both train"
+    freeze(target)
+    assert share_parameters(target, source) == 0, "the source trains: the target would change with it"
+    freeze(source)
+    with torch.no_grad():
+        source.model.norm.weight[0] = -0.0
+        target.model.norm.weight[0] = 0.0
+    assert share_parameters(target, source) > 0
+    assert target.model.norm.weight is not source.model.norm.weight, "equal numbers, other bytes"
+    assert target.lm_head.weight is source.lm_head.weight
+
+
+def test_other_dtype_is_not_shared():
+    target, source = make_model("llama", make_tokenizer()), make_model("llama", make_tokenizer()).to(torch.bfloat16)
+    freeze(target), freeze(source)
+    assert not any(p is q for p, q in zip(target.parameters(), source.parameters(), strict=True))
+    share_parameters(target, source)
+    assert {p.dtype for p in target.parameters()} == {torch.float32}

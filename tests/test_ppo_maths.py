@@ -1,0 +1,321 @@
+"""KL, rewards, GAE, whitening and losses against numbers worked out by hand, on ragged batches."""
+
+import math
+
+import pytest
+import torch
+from together import Together
+from torch import Tensor
+from torch.testing import assert_close
+
+from fourscore.models.forward import microbatches, rectangle, scatter_back
+from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.experience import Experience, sum_per_sample
+from fourscore.ppo.losses import policy_loss, value_loss
+
+
+def f64(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def ints(*numbers: int) -> Tensor:
+    return torch.tensor(numbers)
+
+
+# ------------------------------------------------------------------ KL and rewards
+
+
+def test_kl_k1_is_the_log_ratio_of_policy_to_reference() -> None:
+    # log p - log q, token by token: -1 + 1.5, -2 + 2, -0.5 - 0
+    assert_close(kl_estimate(f64(-1, -2, -0.5), f64(-1.5, -2, 0), "k1"), f64(0.5, 0, -0.5))
+
+
+def test_kl_k3() -> None:
+    # logr = log q - log p = -0.5, 0, 0.5; k3 = e^logr - 1 - logr:
+    # e^-0.5 - 1 + 0.5 = 0.6065306597 - 0.5 = 0.1065306597;  0;  e^0.5 - 1 - 0.5 = 1.6487212707 - 1.5 = 0.1487212707
+    k3 = kl_estimate(f64(-1, -2, -0.5), f64(-1.5, -2, 0), "k3")
+    assert_close(k3, f64(0.1065306597, 0, 0.1487212707), rtol=0, atol=1e-10)
+
+
+def test_kl_k3_keeps_its_digits_for_tiny_ratios() -> None:
+    # logr = 1e-3: k3 = logr^2 / 2 + logr^3 / 6 = 5.0017e-7. In fp32 exp(1e-3) has a spacing of 1.2e-7.
+    k3 = kl_estimate(torch.zeros(1), torch.full((1,), 1e-3), "k3")
+    assert k3.item() == pytest.approx(1e-6 / 2 + 1e-9 / 6, rel=2e-3)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_kl_estimates_are_unbiased(estimator: str) -> None:
+    p, q = f64(0.7, 0.2, 0.1), f64(0.3, 0.3, 0.4)
+    # sum p log(p / q) = 0.7 * 0.8472979 + 0.2 * -0.4054651 + 0.1 * -1.3862944 = 0.593108 - 0.081093 - 0.138629
+    expected = f64(0.3733861)[0]
+    assert_close((p * kl_estimate(p.log(), q.log(), estimator)).sum(), expected, rtol=0, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_shaped_rewards_put_the_score_on_the_last_token() -> None:
+    kl = f64(1, 2, 3, 4, 5, 6)
+    # lens 3, 1, 2: -0.1 * kl, and the scores 10, 20, 30 on tokens 2, 3 and 5.
+    rewards = shaped_rewards(kl, f64(10, 20, 30), ints(3, 1, 2), 0.1)
+    assert_close(rewards, f64(-0.1, -0.2, 9.7, 19.6, -0.5, 29.4))
+    assert_close(kl, f64(1, 2, 3, 4, 5, 6))
+
+
+def test_shaped_rewards_of_one_token_completions_without_kl() -> None:
+    assert_close(shaped_rewards(f64(3, -4), f64(-1, 2), ints(1, 1), 0.0), f64(-1, 2))
+
+
+def test_shaped_rewards_take_fp32_scores_for_other_dtypes() -> None:
+    assert_close(shaped_rewards(f64(1), torch.tensor([0.5]), ints(1), 1.0), f64(-0.5))
+
+
+# ------------------------------------------------------------------ GAE
+
+
+REWARDS, VALUES, LENS = f64(1, 2, 3, 4), f64(0.5, 1, 2, -1), ints(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lam", "advantages"),
+    [
+        # Sample 0: delta_2 = 3 - 2 = 1, delta_1 = 2 + 0.9 * 2 - 1 = 2.8, delta_0 = 1 + 0.9 * 1 - 0.5 = 1.4;
+        # A_2 = 1, A_1 = 2.8 + 0.45 * 1 = 3.25, A_0 = 1.4 + 0.45 * 3.25 = 2.8625. Sample 1: 4 + 1 = 5.
+        (0.9, 0.5, f64(2.8625, 3.25, 1, 5)),
+        # lam = 0: the deltas themselves.
+        (0.9, 0.0, f64(1.4, 2.8, 1, 5)),
+        # lam = 1: discounted rewards to go less the value: 1 + 1.8 + 2.43 - 0.5, 2 + 2.7 - 1, 3 - 2, 4 + 1.
+        (0.9, 1.0, f64(4.73, 3.7, 1, 5)),
+        # gamma = lam = 1: 6 - 0.5, 5 - 1, 3 - 2, 4 + 1.
+        (1.0, 1.0, f64(5.5, 4, 1, 5)),
+        # gamma = 0: reward less value.
+        (0.0, 0.95, f64(0.5, 1, 1, 5)),
+    ],
+)
+def test_gae(gamma: float, lam: float, advantages: Tensor) -> None:
+    got, returns = gae(REWARDS, VALUES, LENS, gamma, lam)
+    assert_close(got, advantages)
+    assert_close(returns, advantages + VALUES)
+
+
+def test_gae_of_one_token_completions() -> None:
+    got, returns = gae(f64(2, -1, 0), f64(0.5, 0.5, 7), ints(1, 1, 1), 0.9, 0.9)
+    assert_close(got, f64(1.5, -1.5, -7))
+    assert_close(returns, f64(2, -1, 0))
+
+
+def test_gae_of_a_single_token_in_all() -> None:
+    got, returns = gae(f64(3), f64(1), ints(1), 1.0, 0.95)
+    assert_close(got, f64(2))
+    assert_close(returns, f64(3))
+
+
+def test_gae_does_not_see_the_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lens = ints(2, 5, 1, 4)
+    rewards, values = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    together, _ = gae(rewards, values, lens, 0.9, 0.8)
+    pieces = zip(rewards.split(lens.tolist()), values.split(lens.tolist()), strict=True)
+    alone = torch.cat([gae(r, v, ints(len(r)), 0.9, 0.8)[0] for r, v in pieces])
+    assert_close(together, alone, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ whitening
+
+
+def test_whiten() -> None:
+    # Mean 2.5; squares 2.25 + 0.25 + 0.25 + 2.25 = 5, over n - 1 = 3: variance 5/3, deviation 1.2909944;
+    # -1.5 / 1.2909944 = -1.1618950, -0.5 / 1.2909944 = -0.3872983.
+    expected = f64(-1.1618950, -0.3872983, 0.3872983, 1.1618950)
+    assert_close(whiten(f64(1, 2, 3, 4)), expected, rtol=0, atol=1e-7)
+    assert_close(whiten(f64(1, 2, 3, 4), shift_mean=False), expected + 2.5, rtol=0, atol=1e-7)
+
+
+def test_whiten_of_a_single_token() -> None:
+    assert_close(whiten(f64(7)), f64(0))
+    assert_close(whiten(f64(7), shift_mean=False), f64(7))
+
+
+def test_whiten_of_equal_values() -> None:
+    assert_close(whiten(f64(3, 3, 3)), f64(0, 0, 0))
+    assert_close(whiten(f64(3, 3, 3), shift_mean=False), f64(3, 3, 3))
+
+
+def test_whiten_keeps_its_digits_far_from_zero() -> None:
+    # In fp32 a sum of squares about 1e4 would have a spacing of 8: the variance 1 would be lost.
+    whitened = whiten(torch.tensor([1e4 - 1, 1e4, 1e4 + 1]))
+    assert_close(whitened, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_whiten_over_two_processes_is_whitening_of_the_whole(cut: int, shift_mean: bool) -> None:
+    whole = f64(0.3, -1, 2, 8, 8.5, -3, 0.1)
+    parts = [whole[:cut], whole[cut:]]
+    group = Together(2)
+    got = group.run(lambda rank: whiten(parts[rank], shift_mean=shift_mean, reduce=group.sum))
+    assert_close(torch.cat(got), whiten(whole, shift_mean=shift_mean), rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def test_policy_loss() -> None:
+    ratios, advantages = f64(1, 1.5, 0.5, 1.5, 0.5), f64(1, 1, 1, -1, -1)
+    old = f64(-1, -2, -3, -4, -5)
+    # eps = 0.2, max(-A r, -A clip(r)): max(-1, -1) = -1; max(-1.5, -1.2) = -1.2, clipped; max(-0.5, -0.8) = -0.5;
+    # max(1.5, 1.2) = 1.5; max(0.5, 0.8) = 0.8, clipped. Sum -0.4, two clipped.
+    terms = policy_loss(old + ratios.log(), old, advantages, 0.2)
+    assert_close(terms.loss, f64(-0.4)[0])
+    assert terms.clipped.item() == 2
+
+
+def test_policy_loss_of_an_unchanged_policy_is_minus_the_advantages() -> None:
+    logprobs = f64(-1, -2, -3).requires_grad_()
+    terms = policy_loss(logprobs, logprobs.detach(), f64(2, -3, 4), 0.2)
+    assert_close(terms.loss, f64(-3)[0])
+    assert terms.clipped.item() == 0
+    # d/dlogp of -A exp(logp - old) is -A at ratio 1.
+    assert_close(torch.autograd.grad(terms.loss, logprobs)[0], f64(-2, 3, -4))
+
+
+def test_policy_loss_has_no_gradient_where_clipped() -> None:
+    old = f64(0, 0, 0)
+    logprobs = (old + f64(1.5, 0.5, 1.5).log()).requires_grad_()
+    terms = policy_loss(logprobs, old, f64(1, -1, -1), 0.2)
+    # The first two are clipped; the third is not: d/dlogp of r = 1.5.
+    assert_close(torch.autograd.grad(terms.loss, logprobs)[0], f64(0, 0, 1.5))
+
+
+def test_value_loss() -> None:
+    # eps = 0.2 about 0. Token 0: V 0.1, R 1: 0.81 both ways. Token 1: V 1, R 2: plain 1, clipped (0.2 - 2)^2 = 3.24.
+    # Token 2: V -1, R 1: plain 4, clipped (-0.2 - 1)^2 = 1.44. Sum 0.5 * (0.81 + 3.24 + 4) = 4.025, one clipped.
+    terms = value_loss(f64(0.1, 1, -1), f64(0, 0, 0), f64(1, 2, 1), 0.2)
+    assert_close(terms.loss, f64(4.025)[0])
+    assert terms.clipped.item() == 1
+
+
+def test_value_loss_clips_about_the_old_value() -> None:
+    # V_old = 5, V = 4, eps = 0.5: clipped to 4.5. R = 3: plain 1, clipped 2.25; half of it 1.125.
+    terms = value_loss(f64(4), f64(5), f64(3), 0.5)
+    assert_close(terms.loss, f64(1.125)[0])
+    assert terms.clipped.item() == 1
+
+
+def test_losses_of_a_single_token_are_scalars() -> None:
+    assert policy_loss(f64(-1), f64(-1), f64(1), 0.2).loss.shape == ()
+    assert value_loss(f64(-1), f64(-1), f64(1), 0.2).loss.shape == ()
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(1)
+    new, old, target = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    new = (old + 0.5 * new).requires_grad_()
+    for loss in (policy_loss, value_loss):
+        assert 0 < loss(new, old, target, 0.2).clipped < 40
+        assert torch.autograd.gradcheck(lambda x, f=loss: f(x, old, target, 0.2).loss, (new,), eps=1e-6, atol=1e-8)
+
+
+def test_losses_add_up_over_pieces() -> None:
+    generator = torch.Generator().manual_seed(2)
+    new, old, target = torch.randn(3, 10, generator=generator, dtype=torch.float64)
+    for loss in (policy_loss, value_loss):
+        whole = loss(new, old, target, 0.2)
+        parts = [loss(new[s], old[s], target[s], 0.2) for s in (slice(0, 1), slice(1, 6), slice(6, 10))]
+        assert_close(whole.loss, torch.stack([p.loss for p in parts]).sum())
+        assert whole.clipped == sum(p.clipped for p in parts)
+
+
+# ------------------------------------------------------------------ samples
+
+
+def experience() -> Experience:
+    """Three samples: prompts of 2, 1 and 3 tokens, completions of 1, 3 and 2."""
+    return Experience(
+        input_ids=ints(10, 11, 12, 20, 21, 22, 23, 30, 31, 32, 33, 34),
+        prompt_lens=ints(2, 1, 3),
+        completion_lens=ints(1, 3, 2),
+        has_eos=torch.tensor([True, False, True]),
+        logprobs=f64(-1, -2, -3, -4, -5, -6),
+        scores=f64(0.1, 0.2, 0.3),
+    )
+
+
+def test_samples_prompts_and_completions() -> None:
+    e = experience()
+    assert len(e) == 3
+    assert e.lens.tolist() == [3, 4, 5]
+    assert [s.tolist() for s in e.samples()] == [[10, 11, 12], [20, 21, 22, 23], [30, 31, 32, 33, 34]]
+    assert e.prompts() == [[10, 11], [20], [30, 31, 32]]
+    assert e.completions() == [[12], [21, 22, 23], [33, 34]]
+
+
+def test_select_takes_samples_in_the_order_asked_for() -> None:
+    picked = experience().select(ints(2, 0))
+    assert picked.prompts() == [[30, 31, 32], [10, 11]]
+    assert picked.completions() == [[33, 34], [12]]
+    assert picked.has_eos.tolist() == [True, True]
+    assert picked.logprobs is not None and picked.scores is not None
+    assert picked.logprobs.tolist() == [-5, -6, -1]
+    assert picked.scores.tolist() == [0.3, 0.1]
+    assert picked.values is None and picked.returns is None
+
+
+@pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns"])
+def test_select_splits_every_per_token_field_by_completion(name: str) -> None:
+    e = experience()
+    setattr(e, name, torch.arange(6.0))
+    assert getattr(e.select(ints(1, 2)), name).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_select_may_repeat_and_leaves_the_source_alone() -> None:
+    e = experience()
+    assert e.select(ints(0, 0)).completions() == [[12], [12]]
+    assert len(e) == 3 and e.input_ids.tolist()[0] == 10
+
+
+def test_sum_per_sample() -> None:
+    assert_close(sum_per_sample(f64(1, 2, 3, 4, 5, 6), ints(1, 3, 2)), f64(1, 9, 11))
+    assert_close(sum_per_sample(f64(4), ints(1)), f64(4))
+
+
+def test_microbatches_are_sorted_by_length_and_hold_each_sample_once() -> None:
+    groups = microbatches(ints(3, 9, 1, 9, 4), 2)
+    assert [g.tolist() for g in groups] == [[1, 3], [4, 0], [2]]
+    assert [g.tolist() for g in microbatches(ints(5, 6), 8)] == [[1, 0]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_scatter_back_undoes_microbatches(size: int) -> None:
+    lens = ints(3, 1, 4, 1, 5)
+    order = microbatches(lens, size)
+    per_sample = f64(0, 1, 2, 3, 4)
+    assert_close(scatter_back([per_sample[g] for g in order], order), per_sample)
+    per_token = torch.arange(14.0)
+    pieces = per_token.split(lens.tolist())
+    assert_close(scatter_back([torch.cat([pieces[i] for i in g.tolist()]) for g in order], order, lens), per_token)
+
+
+def test_rectangle_names_the_state_before_each_completion_token() -> None:
+    # A B | C      and      D | E F G: token C is chosen in the state of B, token E in that of D.
+    batch = rectangle([ints(10, 11, 12), ints(20, 21, 22, 23)], ints(2, 1))
+    assert batch.input_ids.tolist() == [[10, 11, 12, 0], [20, 21, 22, 23]]
+    assert batch.rows.tolist() == [0, 1, 1, 1]
+    assert batch.columns.tolist() == [1, 0, 1, 2]
+    assert batch.targets.tolist() == [12, 21, 22, 23]
+
+
+def test_rectangle_keeps_tokens_that_equal_the_padding() -> None:
+    batch = rectangle([ints(0, 0, 0), ints(5, 0, 6, 0)], ints(1, 2))
+    assert batch.targets.tolist() == [0, 0, 6, 0]
+    assert batch.rows.tolist() == [0, 0, 1, 1]
+
+
+def test_one_step_by_hand_from_scores_to_advantages() -> None:
+    """Two samples of two tokens and one: the whole chain, with gamma 1 and lam 1."""
+    kl = kl_estimate(f64(-1, -1, -2), f64(-2, -1, -1), "k1")  # 1, 0, -1
+    rewards = shaped_rewards(kl, f64(2, 3), ints(2, 1), 0.5)  # -0.5, 2, 3.5
+    advantages, returns = gae(rewards, f64(0, 1, 0.5), ints(2, 1), 1.0, 1.0)  # 1.5 - 0, 2 - 1, 3.5 - 0.5
+    assert_close(advantages, f64(1.5, 1, 3))
+    assert_close(returns, f64(1.5, 2, 3.5))
+    # Mean 5.5 / 3 = 1.8333; squares 1/9 + 25/36 + 49/36 = 78/36 = 2.1667, over 2: 1.08333, deviation 1.0408330.
+    deviation = math.sqrt(13 / 12)
+    expected = f64(-1 / 3, -5 / 6, 7 / 6) / deviation
+    assert_close(whiten(advantages), expected, rtol=0, atol=1e-7)

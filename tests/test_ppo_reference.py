@@ -1,0 +1,380 @@
+"""fourscore's pipeline against an independent padded-and-masked PPO, number by number, in float64."""
+
+import copy
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from reference_ppo import Hyper, Reference, reference_ppo
+from tiny import make_model, make_tokenizer
+from together import Together
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import fourscore.ppo.update as update_module
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter, reference
+from fourscore.parallel import Parallel
+from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.experience import Experience
+from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.ppo.update import UpdateSettings, update
+from fourscore.rewards.model import score
+
+ALONE = Parallel(torch.device("cpu"), rank=0, world_size=1, sharded=False)
+TOKENIZER = make_tokenizer("own")
+PAD = TOKENIZER.pad_token_id
+PROMPTS = [[5, 6, 7, 8, 9], [20], [30, PAD, 31], [40, 41], [50, 51, 52, 53], [60, 61, 62, 63, 64, 65, 66], [70, 71]]
+COMPLETIONS = [[80, 81, 0], [82], [83, 84, 85, 86, 87, 88], [89, 0], [90, 91, 92, 93], [94, 95, 0], [96, 97, 98, 99, 3]]
+TIGHT: dict[str, float] = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@dataclass
+class Four:
+    """The four roles, in float64."""
+
+    policy: Any
+    ref_policy: Any
+    reward_model: Any
+    value_model: Any
+
+    def copy(self) -> "Four":
+        return copy.deepcopy(self)
+
+
+def float64(model: nn.Module) -> nn.Module:
+    """The model in float64 throughout: transformers' norms would compute in fp32."""
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+def four_models(seed: int = 0) -> Four:
+    policy, ref = (float64(make_model("llama", TOKENIZER, "policy", seed=seed + k)) for k in (0, 1))
+    reward, value = (float64(make_model("llama", TOKENIZER, "reward", seed=seed + k)) for k in (2, 3))
+    for frozen in (ref, reward):
+        frozen.requires_grad_(False)
+    return Four(policy, ref, reward, value)
+
+
+def samples() -> Experience:
+    return Experience(
+        input_ids=torch.tensor([t for p, c in zip(PROMPTS, COMPLETIONS, strict=True) for t in p + c]),
+        prompt_lens=torch.tensor([len(p) for p in PROMPTS]),
+        completion_lens=torch.tensor([len(c) for c in COMPLETIONS]),
+        has_eos=torch.tensor([TOKENIZER.eos_token_id in c for c in COMPLETIONS]),
+    )
+
+
+def padded(rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask; the padding is the pad token, which is also in a prompt."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at], mask[i, at] = torch.tensor(row), 1
+    return ids, mask
+
+
+def minibatch_order(n: int, epochs: int, size: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        part.tolist() for _ in range(epochs) for part in torch.randperm(n, generator=generator).split(size)
+    ]
+
+
+def run_reference(models: Four, order: list[list[int]], hyper: Hyper) -> Reference:
+    plain = [m.get_base_model() if hasattr(m, "get_base_model") else m for m in (models.policy, models.value_model)]
+    queries, query_mask = padded(PROMPTS, left=True)
+    responses, response_mask = padded(COMPLETIONS, left=False)
+    return reference_ppo(
+        plain[0],
+        models.ref_policy,
+        models.reward_model,
+        plain[1],
+        queries,
+        query_mask,
+        responses,
+        response_mask,
+        order,
+        hyper,
+    )
+
+
+def score_and_shape(models: Four, e: Experience, hyper: Hyper, batch_size: int, reduce: Any = ALONE.sum) -> Experience:
+    """What the trainer does between rollout and update."""
+    e.logprobs = logprobs_of(models.policy, e, hyper.temperature, batch_size, nullcontext)
+    under_peft = hasattr(models.policy, "peft_config")
+    with reference(models.policy) if under_peft else nullcontext(models.ref_policy) as ref:
+        e.ref_logprobs = logprobs_of(ref, e, hyper.temperature, batch_size, nullcontext)
+    e.values = values_of(models.value_model, e, batch_size, nullcontext)
+    with torch.no_grad():
+        e.scores = score(models.reward_model, e, batch_size)
+    e.kl = kl_estimate(e.logprobs, e.ref_logprobs, hyper.kl_estimator)  # type: ignore[arg-type]
+    e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, hyper.kl_coef)
+    if hyper.whiten_rewards:
+        e.rewards = whiten(e.rewards, shift_mean=False, reduce=reduce)
+    advantages, e.returns = gae(e.rewards, e.values, e.completion_lens, hyper.gamma, hyper.lam)
+    e.advantages = whiten(advantages, reduce=reduce)
+    return e
+
+
+def settings(hyper: Hyper, *, epochs: int = 2, minibatch: int = 7, microbatch: int = 3) -> UpdateSettings:
+    return UpdateSettings(
+        epochs=epochs,
+        minibatch=minibatch,
+        microbatch=microbatch,
+        temperature=hyper.temperature,
+        cliprange=hyper.cliprange,
+        cliprange_value=hyper.cliprange_value,
+        vf_coef=hyper.vf_coef,
+        max_grad_norm=hyper.max_grad_norm,
+    )
+
+
+def adamw(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=hyper.learning_rate, betas=hyper.betas, eps=hyper.eps, weight_decay=0.0)
+
+
+def assert_same_experience(e: Experience, expected: Reference) -> None:
+    _, mask = padded(COMPLETIONS, left=False)
+    assert e.scores is not None
+    assert_close(e.scores, expected.scores, **TIGHT)
+    for name in ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns"):
+        got, padded_rows = getattr(e, name), getattr(expected, name)
+        assert got.dtype == torch.float64
+        assert_close(got, padded_rows[mask.bool()], **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_weights(got: Four, expected: Four, *, moved_from: Four) -> None:
+    for role in ("policy", "value_model"):
+        before = dict(getattr(moved_from, role).named_parameters())
+        ours = dict(getattr(got, role).named_parameters())
+        moved = 0.0
+        for name, parameter in getattr(expected, role).named_parameters():
+            assert_close(ours[name], parameter, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+            change = (parameter - before[name]).abs().max().item()
+            assert parameter.requires_grad or change == 0
+            moved = max(moved, change)
+        assert moved > 1e-4, f"{role} did not train: the comparison says nothing"
+
+
+CASES = {
+    "one minibatch": ({}, 7, 7),
+    "microbatches": ({}, 7, 2),
+    "two minibatches": ({}, 4, 3),
+    "whitened rewards": ({"whiten_rewards": True}, 7, 3),
+    "k3": ({"kl_estimator": "k3"}, 4, 2),
+    "discount and temperature": ({"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "kl_coef": 0.3}, 7, 4),
+    "tight clipping": ({"cliprange": 0.01, "cliprange_value": 0.02, "vf_coef": 0.5}, 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pipeline_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, minibatch, microbatch = CASES[case]
+    hyper = replace(Hyper(), **changes)
+    start = four_models()
+    ours, theirs = start.copy(), start.copy()
+    expected = run_reference(theirs, minibatch_order(7, 2, minibatch, seed=11), hyper)
+
+    e = score_and_shape(ours, samples(), hyper, batch_size=3)
+    assert_same_experience(e, expected)
+
+    per_step = []
+    backward = update_module._backward
+
+    def recorded(policy: Any, value: Any, batch: Experience, *rest: Any) -> Tensor:
+        sums = backward(policy, value, batch, *rest)
+        per_step.append(dict(zip(update_module._SUMS, (sums / batch.completion_lens.sum()).tolist(), strict=True)))
+        return sums
+
+    monkeypatch.setattr(update_module, "_backward", recorded)
+    metrics = update(
+        ours.policy,
+        ours.value_model,
+        e,
+        settings(hyper, minibatch=minibatch, microbatch=microbatch),
+        [adamw(ours.policy, hyper), adamw(ours.value_model, hyper)],
+        ALONE,
+        torch.Generator().manual_seed(11),
+        nullcontext,
+    )
+    assert len(per_step) == len(expected.steps) == 2 * -(-7 // minibatch)
+    for got, step in zip(per_step, expected.steps, strict=True):
+        assert got == pytest.approx({name: step[name] for name in got}, rel=1e-9, abs=1e-11)
+    for name in expected.steps[0]:
+        mean = sum(step[name] for step in expected.steps) / len(expected.steps)
+        assert metrics[name] == pytest.approx(mean, rel=1e-9, abs=1e-11), name
+    ratios = torch.tensor([step["val/ratio"] for step in expected.steps], dtype=torch.float64)
+    assert metrics["val/ratio_var"] == pytest.approx(ratios.var().item(), rel=1e-6, abs=1e-14)
+    if case == "tight clipping":
+        assert metrics["policy/clipfrac_avg"] > 0 and metrics["val/clipfrac_avg"] > 0
+    assert_same_weights(ours, theirs, moved_from=start)
+
+
+def lora_models() -> Four:
+    """Adapters that are not at their zero start; the reference is a copy of the base."""
+    models = four_models()
+    models.ref_policy = copy.deepcopy(models.policy).requires_grad_(False)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    models.policy = add_policy_adapter(models.policy, config).double()
+    models.value_model = add_value_adapter(models.value_model, config).double()
+    generator = torch.Generator().manual_seed(3)
+    for model in (models.policy, models.value_model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return models
+
+
+def test_lora_with_the_adapter_off_as_reference_equals_the_reference() -> None:
+    hyper = Hyper(cliprange=0.05)
+    start = lora_models()
+    ours, theirs = start.copy(), start.copy()
+    ours.ref_policy = None
+    expected = run_reference(theirs, minibatch_order(7, 2, 4, seed=5), hyper)
+    assert expected.kl.abs().max() > 0.05, "policy and reference are the same: the comparison says nothing"
+
+    e = score_and_shape(ours, samples(), hyper, batch_size=4)
+    assert_same_experience(e, expected)
+    update(
+        ours.policy,
+        ours.value_model,
+        e,
+        settings(hyper, minibatch=4, microbatch=2),
+        [adamw(ours.policy, hyper), adamw(ours.value_model, hyper)],
+        ALONE,
+        torch.Generator().manual_seed(5),
+        nullcontext,
+    )
+    trained = {name for name, p in ours.policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert_same_weights(ours, theirs, moved_from=start)
+
+
+def test_lora_moves_the_value_head() -> None:
+    hyper = Hyper()
+    models = lora_models()
+    before = models.value_model.get_base_model().score.modules_to_save["default"].weight.detach().clone()
+    e = score_and_shape(models, samples(), hyper, batch_size=7)
+    gradients(models, e, microbatch=7)
+    head = models.value_model.get_base_model().score
+    assert not torch.equal(head.modules_to_save["default"].weight, before)
+    assert torch.equal(head.original_module.weight, before)
+
+
+# ------------------------------------------------------------------ properties
+
+
+def gradients(models: Four, e: Experience, microbatch: int, parallel: Any = ALONE) -> dict[str, Tensor]:
+    """Gradients of one minibatch: what plain gradient descent with rate 1 takes away."""
+    named = {
+        f"{role}.{name}": p
+        for role in ("policy", "value_model")
+        for name, p in getattr(models, role).named_parameters()
+        if p.requires_grad
+    }
+    before = {name: p.detach().clone() for name, p in named.items()}
+    one = replace(settings(Hyper(vf_coef=0.7, max_grad_norm=0.0)), epochs=1, minibatch=len(e), microbatch=microbatch)
+    sgd = [torch.optim.SGD(getattr(models, role).parameters(), lr=1.0) for role in ("policy", "value_model")]
+    update(
+        models.policy, models.value_model, e, one, sgd, parallel, torch.Generator().manual_seed(0), nullcontext
+    )
+    return {name: before[name] - p.detach() for name, p in named.items()}
+
+
+def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        assert_close(got[name], gradient, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[Four, Experience, dict[str, Tensor]]:
+    """Models that have moved since the rollout, so that ratios differ from 1; samples; their gradient."""
+    models = four_models()
+    e = score_and_shape(models, samples(), Hyper(), batch_size=7)
+    generator = torch.Generator().manual_seed(9)
+    for model in (models.policy, models.value_model):
+        for parameter in model.parameters():
+            parameter.data += 0.003 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    whole = gradients(models.copy(), e, microbatch=7)
+    assert all(g.abs().max() > 0 for g in whole.values())
+    return models, e, whole
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 4])
+def test_gradient_does_not_depend_on_the_microbatch_size(scored: Any, microbatch: int) -> None:
+    models, e, whole = scored
+    assert_same_gradients(gradients(models.copy(), e, microbatch), whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradient_does_not_depend_on_the_order_of_samples(scored: Any, seed: int) -> None:
+    models, e, whole = scored
+    shuffled = e.select(torch.randperm(7, generator=torch.Generator().manual_seed(seed)))
+    assert_same_gradients(gradients(models.copy(), shuffled, microbatch=2), whole)
+
+
+class OneOfTwo(Parallel):
+    """A process that is a thread: sums wait for the other one."""
+
+    def __init__(self, group: Together, rank: int, mailbox: dict[int, list[Tensor]]) -> None:
+        super().__init__(torch.device("cpu"), rank, 2, False)
+        self.group = group
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.group.sum(x)
+
+    def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = self.group.sum(parameter.grad)
+
+
+@pytest.mark.parametrize("first", [[0], [0, 1, 2], [2, 4, 6, 5]])
+def test_gradient_does_not_depend_on_the_split_over_two_processes(scored: Any, first: list[int]) -> None:
+    models, e, whole = scored
+    halves = [first, [i for i in range(7) if i not in first]]
+    group = Together(2)
+    copies = [models.copy(), models.copy()]
+
+    def work(rank: int) -> dict[str, Tensor]:
+        part = e.select(torch.tensor(halves[rank]))
+        return gradients(copies[rank], part, 2, OneOfTwo(group, rank, {}))
+
+    for got in group.run(work):
+        assert_same_gradients(got, whole)
+
+
+def test_whole_update_on_two_processes_equals_one() -> None:
+    """Scores, whitening, losses, metrics and AdamW: ragged halves of a batch against the whole of it."""
+    hyper = Hyper(whiten_rewards=True, cliprange=0.02)
+    start = four_models()
+    alone, copies = start.copy(), [start.copy(), start.copy()]
+    lock = threading.Lock()
+
+    def run(models: Four, e: Experience, parallel: Parallel) -> dict[str, float]:
+        score_and_shape(models, e, hyper, batch_size=3, reduce=parallel.sum)
+        with lock:
+            optimizers = [adamw(models.policy, hyper), adamw(models.value_model, hyper)]
+        generator = torch.Generator().manual_seed(0)
+        plan = settings(hyper, minibatch=len(e), microbatch=2)
+        return update(models.policy, models.value_model, e, plan, optimizers, parallel, generator, nullcontext)
+
+    expected = run(alone, samples(), ALONE)
+    group = Together(2)
+    halves = [torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4, 6])]
+    got = group.run(lambda rank: run(copies[rank], samples().select(halves[rank]), OneOfTwo(group, rank, {})))
+    for models, metrics in zip(copies, got, strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert_same_weights(models, alone, moved_from=start)
