@@ -1,27 +1,37 @@
-.PHONY: setup test lint format docs
-
+# Everything runs in .venv, made on first use and again only when pyproject.toml changes.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA GPU the default wheel of torch would bring gigabytes of CUDA: pin the build that comes for the CPU.
+TORCH_CPU := torch==2.13.0
+# A run never writes into an older one's directory.
+NOW := $(shell date +%Y%m%d-%H%M%S)
 
-setup: .venv/ready
+.PHONY: demo demo-seeds test lint bench clean
 
-.venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -e '.[test]'
-	touch $@
+demo: $(VENV)/.installed
+	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
 
-test: setup
-	$(BIN)/pytest
+# Three seeds, the first of them twice: it must run the same way both times. Fails unless all reach the aims.
+demo-seeds: $(VENV)/.installed
+	$(BIN)/fourscore demo --output_dir runs/demo-seeds-$(NOW) --seeds 1 1 2 3
 
-lint: setup
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/update.py
 
-# docs/config.md and the text of `fourscore ppo --help`, from the table in config_fields.py
-docs: setup
-	$(BIN)/python -m fourscore.config_fields
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH_CPU)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

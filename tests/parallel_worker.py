@@ -1,15 +1,17 @@
-"""Trains a tiny policy for two updates on fixed completions and writes the weights: run alone, or under a launcher."""
+"""Trains tiny policies for two updates on fixed completions and writes the weights: run alone, or under a launcher."""
 
 import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tiny import make_model, make_tokenizer
 
 import fourscore.ppo.trainer as trainer_module
-from fourscore import ModelConfig, PPOConfig, PPOTrainer, get_peft_config
+from fourscore import ModelConfig, PPOConfig, PPOTrainer, load_models
 from fourscore.ppo.experience import Experience
+from fourscore.rollout.transformers import generate
+
+PROMPTS = ["the film", "a", "this was a good movie and", "the acting", "it is", "plot", "bad bad bad", "so fine a film"]
 
 
 def fixed_completions(policy, prompts, sampling, *, synced=False):
@@ -23,15 +25,12 @@ def fixed_completions(policy, prompts, sampling, *, synced=False):
     )
 
 
-def main(out: str, sharing: str, adapter: str, world_size: int) -> None:
-    if sharing != "sampled":
-        trainer_module.generate = fixed_completions
-    torch.set_num_threads(1)
-    tokenizer = make_tokenizer()
-    prompts = ["the film", "a", "this was a good movie and", "the acting", "it is", "plot", "bad bad bad", "so fine a film"]
+def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> None:
+    trainer_module.generate = fixed_completions
     args = PPOConfig(
-        output_dir=out,
-        use_cpu=True,
+        output_dir=str(out),
+        sft_model_path=sft,
+        reward_model_path=reward,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4 // world_size,
         num_ppo_epochs=2,
@@ -42,25 +41,29 @@ def main(out: str, sharing: str, adapter: str, world_size: int) -> None:
         num_sample_generations=0,
         missing_eos_penalty=1.0,
         whiten_rewards=True,
-        fsdp="full_shard" if sharing == "fsdp" else None,
+        report_to="none",
     )
+    models = load_models(ModelConfig(use_peft=adapter), args)
     trainer = PPOTrainer(
         args=args,
-        processing_class=tokenizer,
-        model=make_model("llama", tokenizer),
-        ref_model=None if adapter == "lora" else make_model("llama", tokenizer),
-        reward_model=make_model("llama", tokenizer, "reward", seed=1),
-        value_model=make_model("llama", tokenizer, "reward", seed=1),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        eval_dataset=Dataset.from_dict({"prompt": prompts[:3]}),
-        peft_config=get_peft_config(ModelConfig(use_peft=adapter == "lora")),
+        processing_class=models.tokenizer,
+        model=models.policy,
+        ref_model=models.ref_policy,
+        reward_model=models.reward_model,
+        value_model=models.value_model,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}),
     )
+    assert trainer.parallel.world_size == world_size
     trainer.train()
     trainer.save_model()
-    trainer.generate_completions()
-    if trainer.parallel.is_main:
-        (Path(out) / "done").touch()
+    # For real this time: ranks that finish their completions at different steps must not leave each other waiting.
+    trainer_module.generate = generate
+    assert len(trainer.generate_completions()) == 3
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    torch.set_num_threads(1)
+    folder, processes, *checkpoints = sys.argv[1:]
+    for name, adapter in (("full", False), ("lora", True)):
+        main(Path(folder) / name, int(processes), *checkpoints, adapter)

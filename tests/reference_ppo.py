@@ -20,6 +20,8 @@ class Hyper:
     temperature: float = 1.0
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
+    missing_eos_penalty: float = 0.0
+    eos_id: int = 0
     whiten_rewards: bool = False
     gamma: float = 1.0
     lam: float = 0.95
@@ -35,7 +37,7 @@ class Hyper:
 
 @dataclass
 class Reference:
-    """Every intermediate: `[B, R]` tensors with zeros where the mask is off, and a row of metrics a step."""
+    """Every intermediate: `[B, R]` tensors with zeros where the mask is off; metrics of each step; AdamW's moments."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -46,6 +48,7 @@ class Reference:
     advantages: Tensor
     returns: Tensor
     steps: list[dict[str, float]] = field(default_factory=list)
+    moments: list[list[Tensor]] = field(default_factory=list)
 
 
 def reference_ppo(
@@ -59,6 +62,7 @@ def reference_ppo(
     response_mask: Tensor,
     minibatches: list[list[int]],
     hyper: Hyper,
+    earlier: list[Reference],
 ) -> Reference:
     """One update; policy and value model are changed in place.
 
@@ -73,6 +77,7 @@ def reference_ppo(
         response_mask: `[B, R]` 1 at completion tokens.
         minibatches: row indices of each optimizer step, all epochs after one another.
         hyper: the numbers.
+        earlier: updates before this one, whose AdamW moments it takes up.
     """
     B, Q = queries.shape
     R = responses.shape[1]
@@ -98,6 +103,10 @@ def reference_ppo(
         ).last_hidden_state
         every_score = reward_model.score(hidden)[:, :, 0]
         scores = torch.stack([every_score[b, Q + int(response_mask[b].sum()) - 1] for b in range(B)])
+
+        for b in range(B):
+            if hyper.eos_id not in responses[b][on[b]].tolist():
+                scores[b] -= hyper.missing_eos_penalty
 
     # Rewards: minus the KL estimate at every token, the score added at the last one.
     kl = torch.zeros(B, R, dtype=torch.float64)
@@ -134,9 +143,9 @@ def reference_ppo(
     policy_params = [p for p in policy.parameters() if p.requires_grad]
     value_params = [p for p in value_model.parameters() if p.requires_grad]
     params = policy_params + value_params
-    first = [torch.zeros_like(p) for p in params]
-    second = [torch.zeros_like(p) for p in params]
-    for step, rows in enumerate(minibatches, start=1):
+    first = list(earlier[-1].moments[0]) if earlier else [torch.zeros_like(p) for p in params]
+    second = list(earlier[-1].moments[1]) if earlier else [torch.zeros_like(p) for p in params]
+    for step, rows in enumerate(minibatches, start=1 + sum(len(update.steps) for update in earlier)):
         m = on[rows]
         tokens = m.sum()
         logits = policy(
@@ -188,4 +197,5 @@ def reference_ppo(
                 "value/grad_norm": value_norm,
             }
         )
+    result.moments = [first, second]
     return result

@@ -1,10 +1,12 @@
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from fourscore import __version__, cli, demo
 from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
@@ -108,12 +110,12 @@ def test_top_level(capsys):
         (["--warmup_ratio", "0.1"], "there is no flag --warmup_ratio: did you mean --warmup_steps?"),
         (["--zzzzzzzz", "3"], "there is no flag --zzzzzzzz"),
         (["prompts.jsonl"], "'prompts.jsonl' belongs to no flag"),
-        (["--response_length", "long"], "--response_length/--response-length: invalid int value: 'long'"),
-        (["--kl_estimator", "k2"], "invalid choice: 'k2'"),
+        (["--response_length", "long"], "error: --response_length: invalid int value: 'long'"),
+        (["--kl_estimator", "k2"], "error: --kl_estimator: invalid choice: 'k2'"),
         (["--save_strategy", "epoch"], "invalid choice: 'epoch'"),
         (["--gamma", "2"], "--gamma 2.0: must be from 0 to 1"),
         (["--fp16", "true"], "--fp16 True: Loss scaling is not supported"),
-        (["--hub_strategy", "never"], "is not a valid HubStrategy"),
+        (["--torch_empty_cache_steps", "0"], "`torch_empty_cache_steps` must be an integer bigger than 0"),
         (["--load_in_4bit"], "--load_in_4bit: quantized weights cannot train, add --use_peft"),
     ],
 )
@@ -141,6 +143,12 @@ def test_shipped_recipe_is_the_default(recipe, capsys):
     assert capsys.readouterr().out == (
         "No models and no prompts named: using those that ship with fourscore (ppo.yaml).\n"
     )
+
+
+def test_shipped_recipe_parses():
+    script, args, _ = cli.parse_ppo(["--use_cpu"])
+    assert set(yaml.safe_load(demo.RECIPE.read_text())) <= set(FIELDS)
+    assert (script.dataset_name, args.max_steps) == (None, yaml.safe_load(demo.RECIPE.read_text())["max_steps"])
 
 
 def test_shipped_recipe_is_only_for_the_shipped_models(recipe, config, capsys):
@@ -228,6 +236,18 @@ def test_resume_flag(flag, resume):
     assert cli._resume(flag) == resume
 
 
+@pytest.mark.parametrize(("flags", "ours", "theirs"), [([], logging.INFO, None), (["--log_level", "error"], 40, 40)])
+def test_log_level(flags, ours, theirs):
+    before = transformers_logging.get_verbosity()
+    try:
+        cli._set_up_logging(cli.parse_ppo([*MODELS, "--use_cpu", *flags])[1])
+        assert logging.getLogger("fourscore").level == ours
+        assert transformers_logging.get_verbosity() == (before if theirs is None else theirs)
+    finally:
+        transformers_logging.set_verbosity(before)
+        logging.getLogger("fourscore").setLevel(logging.NOTSET)
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -267,8 +287,11 @@ def test_ctrl_c_says_how_to_resume(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_train", interrupted)
     assert cli.main(run) == 130
+    assert "before the first update" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    assert cli.main(run) == 130
     assert "nothing to resume from" in capsys.readouterr().err
-    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-7").mkdir()
     assert cli.main(run) == 130
     err = capsys.readouterr().err
     assert "checkpoint-7" in err

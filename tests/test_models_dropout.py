@@ -33,7 +33,12 @@ def test_train_mode_is_deterministic(arch, kind):
 
 def test_dropout_read_from_the_config_in_the_forward():
     config = FalconConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.3, attention_dropout=0.3
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.3,
+        attention_dropout=0.3,
     )
     model = FalconForCausalLM(config)
     assert not _same_twice(model)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig
-from tiny import ARCHITECTURES, make_model, make_tokenizer
+from tiny import ARCHITECTURES, make_checkpoint, make_model, make_tokenizer
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
 from fourscore.models.sharing import clone_owning, clone_sharing, share_parameters
@@ -94,9 +95,11 @@ def test_value_adapter_finds_the_reward_models_base():
 
 def test_only_frozen_equal_weights_are_shared():
     target, source = make_model("llama", make_tokenizer()), make_model("llama", make_tokenizer())
-    assert share_parameters(target, source) == 0, "both train"
+    share_parameters(target, source)
+    assert not _pointers(target) & _pointers(source), "both train"
     freeze(target)
-    assert share_parameters(target, source) == 0, "the source trains: the target would change with it"
+    share_parameters(target, source)
+    assert not _pointers(target) & _pointers(source), "the source trains: the target would change with it"
     freeze(source)
     with torch.no_grad():
         source.model.norm.weight[0] = -0.0
@@ -104,6 +107,32 @@ def test_only_frozen_equal_weights_are_shared():
     assert share_parameters(target, source) > 0
     assert target.model.norm.weight is not source.model.norm.weight, "equal numbers, other bytes"
     assert target.lm_head.weight is source.lm_head.weight
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}]
+)
+def test_quantized_copies_are_shared_scales_and_all(quantization, llama_reward, tmp_path):
+    config = BitsAndBytesConfig(**quantization, llm_int8_skip_modules=["score"])
+    other = make_checkpoint("llama", tmp_path, "reward", seed=5)
+    reward, value, stranger = (
+        AutoModelForSequenceClassification.from_pretrained(path, quantization_config=config)
+        for path in (llama_reward, llama_reward, other)
+    )
+    freeze(reward)
+    expected = reward(IDS).logits.clone()
+    value = add_value_adapter(value, LoraConfig(target_modules="all-linear"))
+    size = sum(p.nbytes for p in reward.parameters())
+    assert share_parameters(value, reward) >= size
+    assert torch.equal(value.eval()(IDS).logits, expected)
+    value.train()(IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in value.parameters() if p.requires_grad)
+    assert torch.equal(reward(IDS).logits, expected)
+
+    mine = stranger(IDS).logits.clone()
+    freeze(stranger)
+    share_parameters(stranger, reward)
+    assert torch.equal(stranger(IDS).logits, mine)
 
 
 def test_other_dtype_is_not_shared():

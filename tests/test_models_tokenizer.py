@@ -87,9 +87,12 @@ def test_saved_run_pads_a_batch_in_plain_transformers(tmp_path, pad, rows, from_
 
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    # transformers saves the padding side that a tokenizer was loaded with, not one set later.
+    assert tokenizer.padding_side == "left" or not from_disk
+    tokenizer.padding_side = "left"
     batch = tokenizer(["the film", "a warm and funny comedy"], padding=True, return_tensors="pt")
     assert batch.input_ids.max() < policy.config.vocab_size and (batch.attention_mask == 0).any()
-    assert tokenizer.padding_side == "left" and tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template == CHAT_TEMPLATE
     out = policy.generate(**batch, max_new_tokens=3, do_sample=False)
     alone = tokenizer("the film", return_tensors="pt")
     expected = policy.generate(**alone, max_new_tokens=3, do_sample=False)

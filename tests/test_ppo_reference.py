@@ -1,28 +1,34 @@
 """fourscore's pipeline against an independent padded-and-masked PPO, number by number, in float64."""
 
 import copy
-import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig
 from reference_ppo import Hyper, Reference, reference_ppo
 from tiny import make_model, make_tokenizer
 from together import Together
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import fourscore.ppo.roles as roles_module
+import fourscore.ppo.trainer as trainer_module
 import fourscore.ppo.update as update_module
+from fourscore.config import PPOConfig
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, reference
 from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.ppo.trainer import PPOTrainer
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.model import score
+from fourscore.runs.metrics import read_json_lines
 
 ALONE = Parallel(torch.device("cpu"), rank=0, world_size=1, sharded=False)
 TOKENIZER = make_tokenizer("own")
@@ -65,12 +71,12 @@ def four_models(seed: int = 0) -> Four:
     return Four(policy, ref, reward, value)
 
 
-def samples() -> Experience:
+def samples(prompts: list[list[int]] = PROMPTS, completions: list[list[int]] = COMPLETIONS) -> Experience:
     return Experience(
-        input_ids=torch.tensor([t for p, c in zip(PROMPTS, COMPLETIONS, strict=True) for t in p + c]),
-        prompt_lens=torch.tensor([len(p) for p in PROMPTS]),
-        completion_lens=torch.tensor([len(c) for c in COMPLETIONS]),
-        has_eos=torch.tensor([TOKENIZER.eos_token_id in c for c in COMPLETIONS]),
+        input_ids=torch.tensor([t for p, c in zip(prompts, completions, strict=True) for t in p + c]),
+        prompt_lens=torch.tensor([len(p) for p in prompts]),
+        completion_lens=torch.tensor([len(c) for c in completions]),
+        has_eos=torch.tensor([TOKENIZER.eos_token_id in c for c in completions]),
     )
 
 
@@ -86,15 +92,20 @@ def padded(rows: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
 
 def minibatch_order(n: int, epochs: int, size: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        part.tolist() for _ in range(epochs) for part in torch.randperm(n, generator=generator).split(size)
-    ]
+    return [part.tolist() for _ in range(epochs) for part in torch.randperm(n, generator=generator).split(size)]
 
 
-def run_reference(models: Four, order: list[list[int]], hyper: Hyper) -> Reference:
+def run_reference(
+    models: Four,
+    order: list[list[int]],
+    hyper: Hyper,
+    prompts: list[list[int]] = PROMPTS,
+    completions: list[list[int]] = COMPLETIONS,
+    earlier: list[Reference] | None = None,
+) -> Reference:
     plain = [m.get_base_model() if hasattr(m, "get_base_model") else m for m in (models.policy, models.value_model)]
-    queries, query_mask = padded(PROMPTS, left=True)
-    responses, response_mask = padded(COMPLETIONS, left=False)
+    queries, query_mask = padded(prompts, left=True)
+    responses, response_mask = padded(completions, left=False)
     return reference_ppo(
         plain[0],
         models.ref_policy,
@@ -106,6 +117,7 @@ def run_reference(models: Four, order: list[list[int]], hyper: Hyper) -> Referen
         response_mask,
         order,
         hyper,
+        earlier or [],
     )
 
 
@@ -146,7 +158,7 @@ def adamw(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
 
 
 def assert_same_experience(e: Experience, expected: Reference) -> None:
-    _, mask = padded(COMPLETIONS, left=False)
+    _, mask = padded(e.completions(), left=False)
     assert e.scores is not None
     assert_close(e.scores, expected.scores, **TIGHT)
     for name in ("logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns"):
@@ -287,9 +299,7 @@ def gradients(models: Four, e: Experience, microbatch: int, parallel: Any = ALON
     before = {name: p.detach().clone() for name, p in named.items()}
     one = replace(settings(Hyper(vf_coef=0.7, max_grad_norm=0.0)), epochs=1, minibatch=len(e), microbatch=microbatch)
     sgd = [torch.optim.SGD(getattr(models, role).parameters(), lr=1.0) for role in ("policy", "value_model")]
-    update(
-        models.policy, models.value_model, e, one, sgd, parallel, torch.Generator().manual_seed(0), nullcontext
-    )
+    update(models.policy, models.value_model, e, one, sgd, parallel, torch.Generator().manual_seed(0), nullcontext)
     return {name: before[name] - p.detach() for name, p in named.items()}
 
 
@@ -328,7 +338,7 @@ def test_gradient_does_not_depend_on_the_order_of_samples(scored: Any, seed: int
 class OneOfTwo(Parallel):
     """A process that is a thread: sums wait for the other one."""
 
-    def __init__(self, group: Together, rank: int, mailbox: dict[int, list[Tensor]]) -> None:
+    def __init__(self, group: Together, rank: int) -> None:
         super().__init__(torch.device("cpu"), rank, 2, False)
         self.group = group
 
@@ -350,7 +360,7 @@ def test_gradient_does_not_depend_on_the_split_over_two_processes(scored: Any, f
 
     def work(rank: int) -> dict[str, Tensor]:
         part = e.select(torch.tensor(halves[rank]))
-        return gradients(copies[rank], part, 2, OneOfTwo(group, rank, {}))
+        return gradients(copies[rank], part, 2, OneOfTwo(group, rank))
 
     for got in group.run(work):
         assert_same_gradients(got, whole)
@@ -361,12 +371,10 @@ def test_whole_update_on_two_processes_equals_one() -> None:
     hyper = Hyper(whiten_rewards=True, cliprange=0.02)
     start = four_models()
     alone, copies = start.copy(), [start.copy(), start.copy()]
-    lock = threading.Lock()
 
     def run(models: Four, e: Experience, parallel: Parallel) -> dict[str, float]:
         score_and_shape(models, e, hyper, batch_size=3, reduce=parallel.sum)
-        with lock:
-            optimizers = [adamw(models.policy, hyper), adamw(models.value_model, hyper)]
+        optimizers = [adamw(models.policy, hyper), adamw(models.value_model, hyper)]
         generator = torch.Generator().manual_seed(0)
         plan = settings(hyper, minibatch=len(e), microbatch=2)
         return update(models.policy, models.value_model, e, plan, optimizers, parallel, generator, nullcontext)
@@ -374,7 +382,115 @@ def test_whole_update_on_two_processes_equals_one() -> None:
     expected = run(alone, samples(), ALONE)
     group = Together(2)
     halves = [torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4, 6])]
-    got = group.run(lambda rank: run(copies[rank], samples().select(halves[rank]), OneOfTwo(group, rank, {})))
+    got = group.run(lambda rank: run(copies[rank], samples().select(halves[rank]), OneOfTwo(group, rank)))
     for models, metrics in zip(copies, got, strict=True):
         assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert_same_weights(models, alone, moved_from=start)
+
+
+# ------------------------------------------------------------------ the trainer
+
+
+TRAINER_CASES: dict[str, dict[str, Any]] = {
+    "one minibatch": {"num_mini_batches": 1, "per_device_train_batch_size": 2},
+    "two minibatches": {"num_mini_batches": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
+    "rewards": {"whiten_rewards": True, "kl_estimator": "k3", "missing_eos_penalty": 1.0, "kl_coef": 0.2},
+    "numbers": {
+        "gamma": 0.95,
+        "lam": 0.6,
+        "temperature": 0.8,
+        "cliprange": 0.05,
+        "cliprange_value": 0.1,
+        "vf_coef": 0.4,
+    },
+    "optimizer": {
+        "weight_decay": 0.1,
+        "adam_beta1": 0.7,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.5,
+    },
+    "lora": {"num_mini_batches": 2},
+}
+
+
+@pytest.mark.parametrize("case", TRAINER_CASES)
+def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three updates of `PPOTrainer` on fixed samples, learning rate falling: weights, metrics, intermediates."""
+    completion_of = {tuple(p): c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)}
+    drawn: list[Experience] = []
+
+    def fixed_samples(policy: Any, prompts: list[list[int]], sampling: Any, **_: Any) -> Experience:
+        drawn.append(samples(prompts, [completion_of[tuple(p)] for p in prompts]))
+        return drawn[-1]
+
+    monkeypatch.setattr(trainer_module, "generate", fixed_samples)
+    # What trains is made fp32 otherwise.
+    monkeypatch.setattr(roles_module, "train_in_fp32", lambda model: None)
+    args = PPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        num_ppo_epochs=2,
+        learning_rate=2e-4,
+        seed=5,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        num_sample_generations=0,
+        **(
+            {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
+            | TRAINER_CASES[case]
+        ),
+    )
+    start = lora_models() if case == "lora" else four_models()
+    ours, theirs = start.copy(), start.copy()
+    trainer = PPOTrainer(
+        args=args,
+        processing_class=TOKENIZER,
+        model=ours.policy,
+        ref_model=None if case == "lora" else ours.ref_policy,
+        reward_model=ours.reward_model,
+        value_model=ours.value_model,
+        train_dataset=Dataset.from_dict({"input_ids": PROMPTS}),
+    )
+    trainer.train()
+    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == len(drawn) == 3
+
+    updates: list[Reference] = []
+    for k, (e, row) in enumerate(zip(drawn, rows, strict=True)):
+        hyper = Hyper(
+            temperature=args.temperature,
+            kl_coef=args.kl_coef,
+            kl_estimator=args.kl_estimator,
+            missing_eos_penalty=args.missing_eos_penalty or 0.0,
+            whiten_rewards=args.whiten_rewards,
+            gamma=args.gamma,
+            lam=args.lam,
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            max_grad_norm=args.max_grad_norm,
+            learning_rate=2e-4 * (1 - k / 3),
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        order = minibatch_order(len(e), 2, len(e) // args.num_mini_batches, seed=5 + 1_000_003 * k)
+        expected = run_reference(theirs, order, hyper, e.prompts(), e.completions(), updates)
+        updates.append(expected)
+        assert_same_experience(e, expected)
+        n, close = len(e), {"rel": 1e-8, "abs": 1e-10}
+        assert row["lr"] == pytest.approx(hyper.learning_rate)
+        assert row["objective/kl"] == pytest.approx(expected.kl.sum().item() / n, **close)
+        assert row["objective/entropy"] == pytest.approx(-expected.logprobs.sum().item() / n, **close)
+        assert row["objective/scores"] == pytest.approx(expected.scores.mean().item(), **close)
+        shaping = -hyper.kl_coef * expected.kl.sum().item() / n
+        assert row["objective/non_score_reward"] == pytest.approx(shaping, **close)
+        assert row["objective/rlhf_reward"] == pytest.approx(expected.scores.mean().item() + shaping, **close)
+        for name in expected.steps[0]:
+            mean = sum(step[name] for step in expected.steps) / len(expected.steps)
+            assert row[name] == pytest.approx(mean, **close), name
+    assert len({tuple(map(tuple, e.prompts())) for e in drawn}) == 3
+    assert_same_weights(Four(trainer.model, None, None, trainer.value_model), theirs, moved_from=start)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import HfArgumentParser, TrainerControl, TrainerState
+from transformers.utils import logging as transformers_logging
 
 from fourscore.config import DERIVED_FIELDS, ModelConfig, PPOConfig, ScriptArguments
 from fourscore.errors import FourscoreError
@@ -284,6 +285,14 @@ def test_stop_gives_the_terminal_back_after_an_exception() -> None:
     assert sys.stderr is before
     assert isinstance(console.file, io.StringIO)
     assert "\x1b[?25h" in console.file.getvalue()
+
+
+def test_transformers_bars_are_off_meanwhile_and_on_again() -> None:
+    callback = PPOProgress(terminal())
+    callback.on_train_begin(PPOConfig(use_cpu=True), TrainerState(max_steps=2), TrainerControl())
+    assert not transformers_logging.is_progress_bar_enabled()
+    callback.stop()
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_disable_tqdm_gives_plain_lines() -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from .seeds import EXAMPLES
+from .sources import is_heldout
 
 MIN_WORDS, MAX_WORDS = 6, 28
-MIN_WORD_COUNT = 4
-HELDOUT = 800
-# Shares of the final corpus; what VADER calls neutral makes up the rest.
-POSITIVE_SHARE, NEGATIVE_SHARE = 0.38, 0.38
+MIN_WORD_COUNT = 3
+MAX_RATIO, NEUTRAL_SHARE = 1.15, 0.25  # of one sentiment to the other; of neutral reviews in all
 CLEAR = 0.3
 PLAIN = re.compile(r"[A-Z][A-Za-z' ,-]*[.!]")
 UNWANTED = re.compile(
@@ -81,27 +80,26 @@ def clean(work: Path, seed: int = 0) -> dict[str, int]:
     counts["common words"] = len(kept)
     rng = random.Random(seed)
     rng.shuffle(kept)
-    kept = balance(kept)
-    rng.shuffle(kept)
-    counts["balanced"] = len(kept)
-    for name, part in (("heldout", kept[:HELDOUT]), ("train", kept[HELDOUT:])):
+    used: set[str] = set()
+    for name in ("heldout", "train"):
+        part = balance([review for review in kept if is_heldout(review.text) == (name == "heldout")])
+        rng.shuffle(part)
         counts[name] = len(part)
+        used.update(word for review in part for word in words(review.text))
         with (folder / f"{name}.jsonl").open("w") as out:
             out.writelines(json.dumps(asdict(review)) + "\n" for review in part)
-    counts["words in use"] = len({word for review in kept for word in words(review.text)})
+    counts["words in use"] = len(used)
     return counts
 
 
 def balance(reviews: list[Review]) -> list[Review]:
-    """The largest subset, in order, with the wanted shares of positive, negative and neutral texts."""
-    groups: dict[str, list[Review]] = {"positive": [], "negative": [], "neutral": []}
-    for review in reviews:
-        name = "positive" if review.compound >= 0.05 else "negative" if review.compound <= -0.05 else "neutral"
-        groups[name].append(review)
-    shares = {"positive": POSITIVE_SHARE, "negative": NEGATIVE_SHARE}
-    shares["neutral"] = 1 - sum(shares.values())
-    total = min(len(groups[name]) / share for name, share in shares.items() if share)
-    return [review for name, share in shares.items() for review in groups[name][: int(total * share)]]
+    """The reviews without the surplus of the larger of the two sentiments, and with a bounded share of neutral ones."""
+    positive = [review for review in reviews if review.compound >= 0.05]
+    negative = [review for review in reviews if review.compound <= -0.05]
+    neutral = [review for review in reviews if abs(review.compound) < 0.05]
+    most = int(MAX_RATIO * min(len(positive), len(negative)))
+    polar = positive[:most] + negative[:most]
+    return polar + neutral[: int(len(polar) * NEUTRAL_SHARE / (1 - NEUTRAL_SHARE))]
 
 
 def read_reviews(work: Path, part: str) -> list[Review]:

@@ -7,8 +7,6 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -19,12 +17,13 @@ from trl import SFTConfig, SFTTrainer
 
 from .augment import recombine, variants
 from .clean import read_reviews, words
+from .phrasebook import sentences
 from .sources import RATED_SETS, Rated, is_heldout, rated_snippets
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 3072
 HUMAN_MAX_WORDS = 30
-VARIANTS, RECOMBINED = 2, 1
+VARIANTS, RECOMBINED, PHRASEBOOK = 2, 1, 8000
 KEEP_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -46,14 +45,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_policy(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama of about 4M parameters with random weights and tied embeddings."""
+    """A Llama of about 2.4M parameters with random weights and tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
+        hidden_size=192,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=640,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        intermediate_size=512,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -99,7 +98,7 @@ def train_lm(
         max_length=96,
         train_sampling_strategy="group_by_length",
         logging_steps=100,
-        eval_strategy="epoch",
+        eval_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -120,41 +119,30 @@ def train_lm(
     return float(trainer.evaluate()["eval_loss"])
 
 
-def build_policy(work: Path, *, pretrain_epochs: float, epochs: float, seed: int = 0) -> dict[str, float]:
-    """Trains ``work/pretrained`` on all reviews, then ``work/policy`` on the simple ones alone.
+def policy_texts(work: Path, seed: int) -> list[str]:
+    """What the policy learns: reviews, sentences of their halves, variants of both, and the phrasebook's sentences.
 
-    The second sees the simple reviews with variants and exchanged halves, none of which equals a held-out review.
+    Nothing that equals a held-out review is among them.
     """
-    torch.manual_seed(seed)
     reviews = [review.text for review in read_reviews(work, "train")]
-    heldout = [review.text for review in read_reviews(work, "heldout")]
-    unseen = {" ".join(words(text)) for text in heldout}
+    unseen = {" ".join(words(review.text)) for review in read_reviews(work, "heldout")}
     more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed)
-    train = [text for text in more if " ".join(words(text)) not in unseen]
+    more += sentences(PHRASEBOOK, seed)
+    return [text for text in more if " ".join(words(text)) not in unseen]
+
+
+def build_policy(work: Path, *, epochs: float, seed: int = 0) -> dict[str, float]:
+    """Trains ``work/policy`` from scratch; the tokenizer also sees the human snippets the reward model will read."""
+    torch.manual_seed(seed)
+    train = policy_texts(work, seed)
+    heldout = [review.text for review in read_reviews(work, "heldout")]
     human = [row.text for row in human_texts(work) if not is_heldout(row.text)]
-    report: dict[str, float] = {"reviews": len(reviews), "with variants": len(train), "human snippets": len(human)}
+    tokenizer = train_tokenizer(train + human)
+    model = new_policy(tokenizer)
+    report: dict[str, float] = {"texts": len(train), "parameters": model.num_parameters()}
     print(report, flush=True)
-    pretrained = work / "pretrained"
-    if not (pretrained / "model.safetensors").exists():
-        tokenizer = train_tokenizer(reviews + human)
-        model = new_policy(tokenizer)
-        print(f"{model.num_parameters():,} parameters", flush=True)
-        report["held-out loss after pre-training"] = train_lm(
-            model,
-            tokenizer,
-            reviews + human,
-            heldout,
-            pretrained,
-            epochs=pretrain_epochs,
-            learning_rate=2e-3,
-            seed=seed,
-        )
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-    report["held-out loss"] = train_lm(
-        model, tokenizer, train, heldout, work / "policy", epochs=epochs, learning_rate=1.5e-3, seed=seed + 1
-    )
-    return report
+    loss = train_lm(model, tokenizer, train, heldout, work / "policy", epochs=epochs, learning_rate=2e-3, seed=seed)
+    return report | {"held-out loss per token": loss}
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

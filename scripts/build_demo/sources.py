@@ -105,5 +105,5 @@ def rated_snippets(work: Path) -> list[Rated]:
 
 
 def is_heldout(text: str) -> bool:
-    """One snippet in ten, chosen by its text alone, so that the split never moves."""
+    """One text in ten, chosen by its text alone, so that the split never moves."""
     return hashlib.sha256(text.lower().encode()).digest()[0] < 26

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -214,7 +215,7 @@ def render_help(all_flags: bool = False) -> str:
             rest = tuple(name for name in notes if name not in shown)
             if rest:
                 groups[f"{title}: more" if title in groups else title] = rest
-        others = tuple(name for name in actions if name not in shown and name not in FIELDS and name != "help_all")
+        others = tuple(name for name in actions if name not in shown and name not in FIELDS)
         groups["Models and data: more"] = others
 
     formatter = _HelpFormatter("fourscore ppo")
@@ -271,7 +272,7 @@ def _build_parser() -> Any:
         """Raises where argparse prints the usage, which has all 170 flags in it, and exits."""
 
         def error(self, message: str) -> Any:
-            raise FourscoreError(message.removeprefix("argument "))
+            raise FourscoreError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
 
     parser = Parser((ScriptArguments, PPOConfig, ModelConfig), prog="fourscore ppo", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of flags.")
@@ -400,9 +401,9 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
 
     _set_up_logging(training_args)
     resume = _resume(training_args.resume_from_checkpoint)
-    # One process looks, before any can write there; when it fails the launcher stops the others.
-    if training_args.process_index == 0:
-        directory.check(str(training_args.output_dir), resume)
+    # Every process looks before any of them can write there, so that all of them stop in the same way.
+    directory.check(str(training_args.output_dir), resume)
+    training_args.distributed_state.wait_for_everyone()
     models = load_models(model_args, training_args)
     train_dataset, eval_dataset = load_prompts(script_args, training_args, models.tokenizer)
     trainer = PPOTrainer(
@@ -423,12 +424,19 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
 
 
 def _set_up_logging(training_args: "PPOConfig") -> None:
-    """Apply `log_level`; left at passive, fourscore's own messages are shown and transformers' level stays."""
+    """Apply `log_level`; left at passive, fourscore's own messages are shown and transformers' level stays.
+
+    Bars for loading and writing files are for terminals only, as the one of the run is.
+    """
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(format="%(message)s")
     level = training_args.get_process_log_level()
     transformers_logging.set_verbosity(level)
+    if training_args.disable_tqdm or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
     passive = training_args.log_level == "passive" and training_args.process_index == 0
     logging.getLogger("fourscore").setLevel(logging.INFO if passive else level)
 
@@ -447,4 +455,6 @@ def _how_to_resume(output_dir: str | None) -> str:
         checkpoint = directory.last_checkpoint(output_dir)
         if checkpoint is not None:
             return f"Stopped. To go on from {checkpoint}: the same command with --resume_from_checkpoint true."
-    return "Stopped before the first checkpoint: there is nothing to resume from."
+        if os.path.isdir(output_dir):
+            return f"Stopped before the first checkpoint in {output_dir}: there is nothing to resume from."
+    return "Stopped before the first update."

@@ -69,7 +69,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
         "max_prompt_length": _changed("Most tokens in a prompt.", "Not in TRL."),
         "max_prompt_length_action": _changed(
-            "Longer prompts; truncate keeps their end.", "Not in TRL, which uses prompts of any length."
+            "What is done with longer prompts; truncate keeps the end.", "Not in TRL, which uses prompts of any length."
         ),
         "local_rollout_forward_batch_size": _honoured("Samples generated or scored at a time, per process."),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from fourscore.errors import FourscoreError
@@ -73,11 +72,15 @@ class Parallel:
 
     def max(self, x: float) -> float:
         """The largest of one number a process."""
-        return x if self.world_size == 1 else max(gather_object([x]))
+        return max(self.gather([x]))
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in rank order, on each of them."""
-        return items if self.world_size == 1 else gather_object(items)
+        if self.world_size == 1:
+            return items
+        lists: list[Any] = [None] * self.world_size
+        dist.all_gather_object(lists, items)
+        return [item for each in lists for item in each]
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -182,15 +182,13 @@ def check_vocabulary(
             f"beyond its {rows} embedding rows; give the tokenizer it was trained with (--model_name_or_path)"
         )
     other = None if reward.path == source else _tokenizer_of(reward, model_args)
-    conflict = None if other is None else _first_conflict(tokenizer, other)
-    if conflict is not None:
+    if other is not None and (conflict := _first_conflict(tokenizer, other)) is not None:
+        theirs, mine = other.convert_ids_to_tokens(conflict), tokenizer.convert_ids_to_tokens(conflict)
         raise FourscoreError(
-            f"{_named(reward)}: id {conflict} is {other.convert_ids_to_tokens(conflict)!r} there and "
-            f"{tokenizer.convert_ids_to_tokens(conflict)!r} in {source}; "
+            f"{_named(reward)}: id {conflict} is {theirs!r} there and {mine!r} in {source}; "
             "give a reward model with the policy's tokenizer"
         )
-    # One vocabulary in two paddings (Qwen2.5 0.5B and 7B) is fine as long as every id the policy can emit has a row.
-    if reward.embedding_rows != rows and (other is None or reward.embedding_rows < rows):
+    if reward.embedding_rows != rows:
         raise FourscoreError(
             f"{_named(reward)}: has a vocabulary of {reward.embedding_rows}, {_named(policy)} one of {rows}; "
             "give a reward model with the policy's tokenizer"

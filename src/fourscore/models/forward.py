@@ -217,5 +217,3 @@ def _pools_anything(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.pad_token_id = before
-
-

@@ -132,9 +132,10 @@ def ensure_safe_pad(config: Any, tokenizer: PreTrainedTokenizerBase, embedding_r
 def _original(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer as its checkpoint has it, or a copy where the checkpoint cannot be read again."""
     try:
-        original = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        original = AutoTokenizer.from_pretrained(
+            tokenizer.name_or_path, padding_side=tokenizer.padding_side, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return copy.deepcopy(tokenizer)
-    original.padding_side = tokenizer.padding_side
     original.chat_template = tokenizer.chat_template
     return original

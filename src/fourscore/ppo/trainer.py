@@ -299,7 +299,7 @@ class PPOTrainer:
             means over samples: `eval/scores`, `eval/kl` (nats a completion, k1), `eval/completion_length` (tokens),
             `eval/ended` (share that stopped by itself); logged, and in `metrics.jsonl` part of the update's object.
         """
-        rows = self._complete_eval(self.args.temperature, with_kl=True)
+        rows = self.complete_eval_prompts(self.args.temperature, with_kl=True)
         metrics = {
             f"eval/{name}": sum(row[name] for row in rows) / len(rows)
             for name in ("scores", "kl", "completion_length", "ended")
@@ -320,7 +320,7 @@ class PPOTrainer:
         if self.eval_dataset is None:
             return []
         limit = self.args.per_device_eval_batch_size * self.parallel.world_size if sampling else None
-        rows = self._complete_eval(0.0, limit=limit)
+        rows = self.complete_eval_prompts(0.0, limit=limit)
         table = [{"prompt": r["prompt"], "completion": r["completion"], "score": r["scores"]} for r in rows]
         self._keep_samples("eval", table)
         if self.parallel.is_main:
@@ -328,10 +328,24 @@ class PPOTrainer:
         return table
 
     @torch.no_grad()
-    def _complete_eval(
+    def complete_eval_prompts(
         self, temperature: float, *, limit: int | None = None, with_kl: bool = False
     ) -> list[dict[str, Any]]:
-        """One row an eval prompt, in order, on every process."""
+        """Complete the eval prompts once, with a fixed seed, and say what is known of each sample.
+
+        Args:
+            temperature: of the sampling; 0 is greedy.
+            limit: only so many prompts, from the first on.
+            with_kl: also compute the divergence from the reference.
+
+        Returns:
+            a row a prompt, in order and on every process: `prompt`, `completion` (text), `completion_ids`, `scores`
+            (the reward model's, without penalties), `completion_length` (tokens), `ended` (1 if it stopped by
+            itself), and `kl` (nats a completion, k1).
+
+        Raises:
+            FourscoreError: there is no eval dataset.
+        """
         if self.eval_dataset is None:
             raise FourscoreError("there is nothing to evaluate on: pass eval_dataset.")
         args, parallel = self.args, self.parallel
@@ -339,25 +353,25 @@ class PPOTrainer:
         # Every process works through the same number of batches; what was repeated to fill up is dropped below.
         share = -(-total // parallel.world_size)
         mine = [i % total for i in range(parallel.rank * share, (parallel.rank + 1) * share)]
-        rows = []
+        rows: list[dict[str, Any]] = []
         with torch.random.fork_rng():
             torch.manual_seed(args.seed + parallel.rank)
             for start in range(0, share, args.per_device_eval_batch_size):
                 indices = mine[start : start + args.per_device_eval_batch_size]
                 e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
-                scores = self._scores(e).tolist()
-                kls = [0.0] * len(indices)
+                columns = {
+                    "index": indices,
+                    "scores": score(self.reward_model, e, args.local_rollout_forward_batch_size).tolist(),
+                    "completion_ids": e.completions(),
+                    "completion_length": e.completion_lens.tolist(),
+                    "ended": e.has_eos.float().tolist(),
+                }
                 if with_kl:
-                    kls = self._sample_kl(e)
-                texts = self._texts(e)
-                for i, (prompt, completion), s, kl, length, ended in zip(
-                    indices, texts, scores, kls, e.completion_lens.tolist(), e.has_eos.tolist(), strict=True
-                ):
-                    rows.append(
-                        {"index": i, "prompt": prompt, "completion": completion, "scores": s, "kl": kl}
-                        | {"completion_length": length, "ended": float(ended)}
-                    )
-        unique = {row["index"]: row for row in parallel.gather(rows)}
+                    columns["kl"] = self._sample_kl(e)
+                texts = [{"prompt": prompt, "completion": completion} for prompt, completion in self._texts(e)]
+                facts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+                rows += [text | fact for text, fact in zip(texts, facts, strict=True)]
+        unique = {row.pop("index"): row for row in parallel.gather(rows)}
         return [unique[i] for i in range(total)]
 
     def _sample_kl(self, experience: Experience) -> list[float]:

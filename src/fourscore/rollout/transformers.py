@@ -80,7 +80,8 @@ def overridden_settings(policy: nn.Module) -> dict[str, Any]:
     own = policy.generation_config.to_diff_dict()  # type: ignore[union-attr,operator]
     harmless = ("_", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample", "max_")
     harmless += ("use_cache", "cache_", "output_", "return_")
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_length": 0, "num_beams": 1}
+    neutral |= {"repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1}
     return {k: v for k, v in own.items() if not k.startswith(harmless) and neutral.get(k) != v}
 
 

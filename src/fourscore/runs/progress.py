@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 
 class PPOProgress(TrainerCallback):
@@ -23,7 +24,8 @@ class PPOProgress(TrainerCallback):
         update 12/60 ━━━━━━━━╺━━━━━━ score 1.23 kl 4.56 812 tok/s 0:01:20 left
 
     Elsewhere (a file, a pipe, or with `disable_tqdm`) the same facts are one plain line each time metrics are logged.
-    It goes to stderr, from the main process only.
+    It goes to stderr, from the main process only. Meanwhile transformers shows no bars of its own, of which each
+    checkpoint would leave some behind.
 
     The score and the KL are `objective/scores` and `objective/kl` of the last logged update. The speed counts prompt
     and completion tokens over all of the update's seconds, training included: (`tokens/prompt` + `tokens/completion`)
@@ -43,6 +45,7 @@ class PPOProgress(TrainerCallback):
         self._first_step = 0
         self._started = 0.0
         self._moved_handlers: list[tuple[logging.StreamHandler[Any], TextIO]] = []
+        self._silenced_bars = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,6 +56,9 @@ class PPOProgress(TrainerCallback):
         self.stop()  # one that an interrupted train() left
         self._started = time.monotonic()
         self._first_step = state.global_step
+        if transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            self._silenced_bars = True
         console = self._console or Console(stderr=True)
         if not console.is_interactive or args.disable_tqdm:
             return
@@ -114,7 +120,10 @@ class PPOProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Give the terminal back; for a training loop that ends by an exception. Does nothing where there is no bar."""
+        """Give the terminal back. For a training loop that ends by an exception; a second call does nothing."""
+        if self._silenced_bars:
+            transformers_logging.enable_progress_bar()
+            self._silenced_bars = False
         if self._bar is None:
             return
         for handler, stream in self._moved_handlers:

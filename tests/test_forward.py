@@ -1,0 +1,306 @@
+"""Logprobs, values and scores of padded batches against plain forwards of each sample alone, for every architecture."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import ARCHITECTURES, make_model, make_tokenizer
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from fourscore.errors import FourscoreError
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter
+from fourscore.models.dropout import disable_dropout
+from fourscore.models.forward import (
+    completion_logprobs,
+    completion_values,
+    rectangle,
+    sample_scores,
+    score_head,
+)
+from fourscore.ppo.experience import Experience
+from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.rewards.model import score
+
+TOKENIZER = make_tokenizer("own")
+EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+SAMPLES = [
+    torch.tensor([5, 6, 7, 80, 81, EOS]),
+    torch.tensor([20, 82]),
+    torch.tensor([30, PAD, 31, 0, 83, 84, 85, 86, 87, 88, 0]),
+    torch.tensor([40, 41, 42, 89, EOS]),
+]
+PROMPT_LENS = torch.tensor([3, 1, 4, 2])
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+def short_window(arch: str) -> dict[str, int]:
+    """Gemma's attention window, shorter than the samples, so that it matters."""
+    return {"sliding_window": 4} if arch.startswith("gemma") else {}
+
+
+def in_training(model: Any) -> Any:
+    """As the trainer has it: training mode, without dropout."""
+    disable_dropout(model)
+    return model.train()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def policy(arch: str) -> Any:
+    return in_training(make_model(arch, TOKENIZER, "policy", **short_window(arch)))
+
+
+@pytest.fixture(scope="module")
+def critic(arch: str) -> Any:
+    return in_training(make_model(arch, TOKENIZER, "reward", seed=1, **short_window(arch)))
+
+
+def each_alone() -> Iterator[tuple[Tensor, int]]:
+    yield from zip(SAMPLES, PROMPT_LENS.tolist(), strict=True)
+
+
+def plain_logprobs(policy: Any, temperature: float) -> tuple[Tensor, Tensor]:
+    """From the whole logits of one unpadded sample after the other."""
+    logprobs, entropies = [], []
+    for sample, prompt_len in each_alone():
+        logits = policy(input_ids=sample[None], attention_mask=torch.ones(1, len(sample)), use_cache=False).logits[0]
+        distribution = (logits[prompt_len - 1 : -1] / temperature).log_softmax(-1)
+        logprobs += [row[token] for row, token in zip(distribution, sample[prompt_len:], strict=True)]
+        entropies += [-sum(q.exp() * q for q in row) for row in distribution.detach().double()]
+    return torch.stack(logprobs), torch.stack(entropies).float()
+
+
+def plain_values(critic: Any) -> Tensor:
+    values = []
+    for sample, prompt_len in each_alone():
+        hidden = critic.base_model(input_ids=sample[None], use_cache=False).last_hidden_state[0]
+        values.append(critic.score(hidden[prompt_len - 1 : -1])[:, 0])
+    return torch.cat(values)
+
+
+def own_scores(model: Any, samples: list[Tensor]) -> Tensor:
+    """What the checkpoint's own forward says of unpadded ids."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=sample[None]).logits[0] for sample in samples])
+
+
+# ------------------------------------------------------------------ every architecture
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_equal_a_plain_forward(policy: Any, temperature: float) -> None:
+    with torch.no_grad():
+        logprobs, entropy = completion_logprobs(policy, rectangle(SAMPLES, PROMPT_LENS), temperature)
+        expected, expected_entropy = plain_logprobs(policy, temperature)
+    assert_close(logprobs, expected, **CLOSE)
+    assert_close(entropy, expected_entropy, **CLOSE)
+    assert expected.std() > 0.1, "all logprobs are the same: the comparison says nothing"
+
+
+def test_values_equal_head_on_backbone(critic: Any) -> None:
+    with torch.no_grad():
+        values = completion_values(critic, rectangle(SAMPLES, PROMPT_LENS))
+        expected = plain_values(critic)
+    assert_close(values, expected, **CLOSE)
+    assert expected.std() > 0.1
+
+
+def test_scores_equal_the_checkpoints_own_forward(critic: Any) -> None:
+    scores = sample_scores(critic, SAMPLES).detach()
+    assert_close(scores, own_scores(critic, SAMPLES), **CLOSE)
+    assert scores.std() > 0.1
+
+
+@contextlib.contextmanager
+def pad_token_id(model: Any, value: int | None) -> Iterator[None]:
+    before, model.config.pad_token_id = model.config.pad_token_id, value
+    yield
+    model.config.pad_token_id = before
+
+
+@pytest.mark.parametrize("pad", [None, EOS, PAD, 86])
+def test_scores_equal_the_checkpoints_own_forward_whatever_its_pad_token(critic: Any, pad: int | None) -> None:
+    """EOS as pad: such a checkpoint reads the token before EOS. 86 is a token in the middle of a sample."""
+    with pad_token_id(critic, pad):
+        expected = own_scores(critic, SAMPLES)
+        scores = sample_scores(critic, SAMPLES).detach()
+        assert critic.config.pad_token_id == pad
+    assert_close(scores, expected, **CLOSE)
+    if pad == EOS:
+        assert not torch.allclose(scores[0], own_scores(critic, SAMPLES[:1])[0], atol=1e-3)
+
+
+def test_scores_where_nothing_but_pad_tokens_is_left(critic: Any) -> None:
+    samples = [torch.tensor([PAD, PAD]), SAMPLES[0]]
+    assert_close(sample_scores(critic, samples).detach(), own_scores(critic, samples), **CLOSE)
+
+
+def test_padding_never_leaks(policy: Any, critic: Any) -> None:
+    """A sample's numbers are the same alone, beside a longer one, and beside another longer one."""
+    sample, prompt_len = SAMPLES[0], PROMPT_LENS[:1]
+    longer = [torch.arange(100, 100 + 40), torch.full((40,), PAD)]
+    with torch.no_grad():
+        alone = rectangle([sample], prompt_len)
+        expected = [
+            completion_logprobs(policy, alone, 1.0)[0],
+            completion_values(critic, alone),
+            sample_scores(critic, [sample]),
+        ]
+        for other in longer:
+            beside = rectangle([sample, other], torch.tensor([3, 39]))
+            got = [
+                completion_logprobs(policy, beside, 1.0)[0][:-1],
+                completion_values(critic, beside)[:-1],
+                sample_scores(critic, [sample, other])[:1],
+            ]
+            for ours, theirs in zip(got, expected, strict=True):
+                assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_head_sees_completion_states_only(policy: Any) -> None:
+    shapes = []
+    head = policy.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    completion_logprobs(policy, rectangle(SAMPLES, PROMPT_LENS), 1.0)
+    handle.remove()
+    completion_tokens = 3 + 1 + 7 + 3
+    assert shapes == [(1, completion_tokens, len(TOKENIZER))]
+    assert not head._forward_pre_hooks, "the hook is gone, an ordinary forward is whole again"
+    assert policy(input_ids=SAMPLES[0][None]).logits.shape == (1, 6, len(TOKENIZER))
+
+
+def test_gradients_equal_those_of_a_plain_forward(policy: Any, critic: Any) -> None:
+    weights = torch.linspace(-1, 1, 14)
+    batch = rectangle(SAMPLES, PROMPT_LENS)
+    for model, ours, plain in (
+        (policy, lambda: completion_logprobs(policy, batch, 0.7)[0], lambda: plain_logprobs(policy, 0.7)[0]),
+        (critic, lambda: completion_values(critic, batch), lambda: plain_values(critic)),
+    ):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        got = torch.autograd.grad((ours() * weights).sum(), parameters)
+        expected = torch.autograd.grad((plain() * weights).sum(), parameters)
+        for name, a, b in zip(names, got, expected, strict=True):
+            assert_close(a, b, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+        assert all(g.abs().max() > 0 for name, g in zip(names, got, strict=True) if "weight" in name)
+
+
+# ------------------------------------------------------------------ one architecture is enough
+
+
+@pytest.fixture
+def llama() -> Any:
+    return make_model("llama", TOKENIZER, "policy")
+
+
+@pytest.fixture
+def llama_critic() -> Any:
+    return make_model("llama", TOKENIZER, "reward", seed=1)
+
+
+def randomize(model: nn.Module, part: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_entropy_carries_no_gradient(llama: Any) -> None:
+    logprobs, entropy = completion_logprobs(llama, rectangle(SAMPLES, PROMPT_LENS), 1.0)
+    assert logprobs.requires_grad and not entropy.requires_grad
+
+
+def test_entropy_of_a_uniform_distribution(llama: Any) -> None:
+    llama.lm_head.weight.data.zero_()
+    logprobs, entropy = completion_logprobs(llama, rectangle(SAMPLES, PROMPT_LENS), 1.0)
+    size = torch.tensor(float(len(TOKENIZER)))
+    assert_close(entropy, size.log().expand(14))
+    assert_close(logprobs.detach(), -size.log().expand(14))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_logprobs_under_lora(llama: Any, targets: list[str]) -> None:
+    model = add_policy_adapter(llama, LoraConfig(r=4, target_modules=targets))
+    randomize(model, "lora_B")
+    logprobs, _ = completion_logprobs(model, rectangle(SAMPLES, PROMPT_LENS), 1.0)
+    assert_close(logprobs.detach(), plain_logprobs(model, 1.0)[0].detach(), **CLOSE)
+    logprobs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+def test_values_under_lora_read_and_train_the_adapters_head(llama_critic: Any) -> None:
+    model = add_value_adapter(llama_critic, LORA)
+    randomize(model, "lora_B")
+    trained = model.get_base_model().score.modules_to_save["default"]
+    randomize(trained, "weight")
+    assert score_head(model) is trained
+    values = completion_values(model, rectangle(SAMPLES, PROMPT_LENS))
+    assert_close(values.detach(), plain_values(model.get_base_model()).detach(), **CLOSE)
+    values.sum().backward()
+    for name, parameter in model.named_parameters():
+        wanted = "lora_" in name or "modules_to_save" in name
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == wanted, name
+
+
+def test_a_head_with_a_bias(llama_critic: Any) -> None:
+    llama_critic.score = nn.Linear(64, 1)
+    llama_critic.score.bias.data.fill_(3.0)
+    with torch.no_grad():
+        assert_close(
+            completion_values(llama_critic, rectangle(SAMPLES, PROMPT_LENS)), plain_values(llama_critic), **CLOSE
+        )
+        assert_close(sample_scores(llama_critic, SAMPLES), own_scores(llama_critic, SAMPLES), **CLOSE)
+
+
+def test_hooks_and_pad_token_are_put_back_after_an_error(llama: Any, llama_critic: Any) -> None:
+    batch = rectangle([torch.tensor([5, 10_000, 6])], torch.tensor([1]))
+    with pytest.raises(IndexError):
+        completion_logprobs(llama, batch, 1.0)
+    assert not llama.lm_head._forward_pre_hooks
+    with pad_token_id(llama_critic, None):
+        with pytest.raises(IndexError):
+            completion_values(llama_critic, batch)
+        assert llama_critic.config.pad_token_id is None
+    assert not llama_critic.score._forward_hooks
+
+
+def test_a_model_without_a_linear_score_head_is_refused(llama: Any) -> None:
+    with pytest.raises(FourscoreError, match="score"):
+        score_head(llama)
+
+
+def test_bf16_weights_give_fp32_numbers(llama: Any, llama_critic: Any) -> None:
+    batch = rectangle(SAMPLES, PROMPT_LENS)
+    llama, llama_critic = llama.bfloat16(), llama_critic.bfloat16()
+    logprobs, entropy = completion_logprobs(llama, batch, 1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert completion_values(llama_critic, batch).dtype == torch.float32
+    assert sample_scores(llama_critic, SAMPLES).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_batched_scoring_keeps_the_order_of_samples(llama: Any, llama_critic: Any, batch_size: int) -> None:
+    e = Experience(
+        input_ids=torch.cat(SAMPLES),
+        prompt_lens=PROMPT_LENS,
+        completion_lens=torch.tensor([len(s) for s in SAMPLES]) - PROMPT_LENS,
+        has_eos=torch.tensor([True, False, False, True]),
+    )
+    with torch.no_grad():
+        expected, _ = plain_logprobs(llama, 0.7)
+        got = logprobs_of(llama, e, 0.7, batch_size, contextlib.nullcontext)
+        assert_close(got, expected, **CLOSE)
+        assert_close(
+            values_of(llama_critic, e, batch_size, contextlib.nullcontext), plain_values(llama_critic), **CLOSE
+        )
+        assert_close(score(llama_critic, e, batch_size), own_scores(llama_critic, SAMPLES), **CLOSE)
+    assert not got.requires_grad

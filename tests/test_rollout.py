@@ -1,0 +1,244 @@
+"""Rollout: where completions end, padding, the checkpoint's own generation config, and the distribution drawn from."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import ARCHITECTURES, make_model, make_tokenizer
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fourscore.models.adapters import add_policy_adapter
+from fourscore.models.dropout import disable_dropout
+from fourscore.models.forward import completion_logprobs, rectangle
+from fourscore.rollout.transformers import Sampling, generate, overridden_settings
+
+TOKENIZER = make_tokenizer("own")
+EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [30, PAD, 31, 0, 32], [0, 40, 41], [PAD, PAD, 50]]
+
+
+def model(arch: str = "llama", **cfg: Any) -> Any:
+    if arch.startswith("gemma"):
+        cfg = {"sliding_window": 4} | cfg  # shorter than a prompt, so that the window matters
+    policy = make_model(arch, TOKENIZER, "policy", **cfg)
+    disable_dropout(policy)
+    return policy.eval()
+
+
+def sampling(**changes: Any) -> Sampling:
+    values: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0, "stop_ids": (), "eos_id": EOS, "batch_size": 8}
+    return Sampling(**(values | changes))
+
+
+def greedy(policy: Any, prompt: list[int], steps: int) -> list[int]:
+    """The likeliest continuation of one unpadded prompt, a whole forward pass for each token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids.append(int(policy(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# ------------------------------------------------------------------ padding and order
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_ragged_prompts_give_the_tokens_of_each_prompt_alone(arch: str, batch_size: int) -> None:
+    policy = model(arch)
+    e = generate(policy, PROMPTS, sampling(batch_size=batch_size))
+    assert e.prompts() == PROMPTS
+    expected = [greedy(policy, prompt, 8) for prompt in PROMPTS]
+    assert e.completions() == expected
+    assert len({tuple(c) for c in expected}) > 1, "every prompt gives the same: the comparison says nothing"
+
+
+def test_experience_is_flat_and_typed() -> None:
+    e = generate(model(), PROMPTS, sampling(max_new_tokens=3))
+    assert e.input_ids.shape == (sum(map(len, PROMPTS)) + 3 * len(PROMPTS),)
+    assert e.input_ids.dtype == e.prompt_lens.dtype == e.completion_lens.dtype == torch.int64
+    assert e.prompt_lens.tolist() == [len(p) for p in PROMPTS]
+    assert e.completion_lens.tolist() == [3] * len(PROMPTS)
+    assert e.has_eos.dtype == torch.bool
+    assert e.logprobs is None and e.scores is None
+
+
+def test_the_prompts_of_the_caller_are_left_alone() -> None:
+    prompts = copy.deepcopy(PROMPTS)
+    generate(model(), prompts, sampling(max_new_tokens=1))
+    assert prompts == PROMPTS
+
+
+# ------------------------------------------------------------------ where a completion ends
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_completions_end_with_the_first_stop_token(arch: str, temperature: float) -> None:
+    """Stop ids that the policy does choose; among them 0, which also fills rows that are done."""
+    policy = model(arch, vocab_size=16)
+    prompts = [[i, 3 + i] for i in range(12)]
+    torch.manual_seed(0)
+    free = generate(policy, prompts, sampling(temperature=temperature)).completions()
+    # The commonest tokens of an unstopped rollout, so that many rows stop and some do not.
+    flat = [token for c in free for token in c]
+    stop_ids = (0, max(sorted(set(flat)), key=flat.count))
+    torch.manual_seed(0)
+    e = generate(policy, prompts, sampling(temperature=temperature, stop_ids=stop_ids, eos_id=None))
+    lens = []
+    for completion, ended in zip(e.completions(), e.has_eos.tolist(), strict=True):
+        lens.append(len(completion))
+        assert not set(completion[:-1]) & set(stop_ids)
+        assert ended == (completion[-1] in stop_ids)
+        assert ended or len(completion) == 8
+    assert len(set(lens)) > 1 and e.has_eos.any()
+    if temperature == 0:
+        for completion, unstopped in zip(e.completions(), free, strict=True):
+            assert completion == unstopped[: len(completion)]
+
+
+def test_a_completion_may_be_one_token() -> None:
+    e = generate(model(), PROMPTS, sampling(stop_ids=tuple(range(len(TOKENIZER)))))
+    assert e.completion_lens.tolist() == [1] * len(PROMPTS)
+    assert e.has_eos.all()
+
+
+@pytest.mark.parametrize(("eos_id", "has_eos"), [(4, True), (3, False), (None, False)])
+def test_without_stop_ids_completions_have_full_length(eos_id: int | None, has_eos: bool) -> None:
+    """Even when the policy does nothing but emit its EOS, and its own generation config names it."""
+    policy = model(vocab_size=16, eos_token_id=4, tie_word_embeddings=False)
+    policy.generation_config.eos_token_id = 4
+    with torch.no_grad():
+        policy.lm_head.weight.zero_()
+        policy.model.norm.weight.fill_(1.0)
+        policy.lm_head.register_forward_hook(lambda m, a, out: out + 50 * (torch.arange(16) == 4))
+    e = generate(policy, [[5], [6, 7]], sampling(eos_id=eos_id))
+    assert e.completions() == [[4] * 8] * 2
+    assert e.has_eos.tolist() == [has_eos] * 2
+
+
+# ------------------------------------------------------------------ the checkpoint's own generation config
+
+
+OWN = {
+    "repetition_penalty": 5.0,
+    "top_k": 1,
+    "top_p": 0.1,
+    "temperature": 0.01,
+    "min_length": 12,
+    "min_new_tokens": 6,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(100)),
+    "do_sample": True,
+}
+
+
+@pytest.mark.parametrize("under_lora", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("stop_ids", [(), tuple(range(0, 300, 3))])
+def test_the_own_generation_config_changes_nothing(under_lora: bool, temperature: float, stop_ids: Any) -> None:
+    policy = model()
+    torch.manual_seed(7)
+    expected = generate(policy, PROMPTS, sampling(temperature=temperature, stop_ids=stop_ids)).completions()
+    own = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, **OWN)
+    policy.generation_config = own
+    before = own.to_dict()
+    base = policy
+    if under_lora:
+        policy = add_policy_adapter(policy, LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    for _ in range(2):
+        torch.manual_seed(7)
+        got = generate(policy, PROMPTS, sampling(temperature=temperature, stop_ids=stop_ids)).completions()
+        assert got == expected
+        assert base.generation_config is own and policy.generation_config is own
+        assert own.to_dict() == before
+    with torch.no_grad():
+        torch.manual_seed(7)
+        influenced = base.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=8)[0, len(PROMPTS[0]) :]
+    assert influenced.tolist() != expected[0], "these settings do nothing: the comparison says nothing"
+
+
+def test_the_own_generation_config_comes_back_after_an_error() -> None:
+    policy = model()
+    own = policy.generation_config
+    with pytest.raises(IndexError):
+        generate(policy, [[10_000]], sampling())
+    assert policy.generation_config is own
+
+
+def test_overridden_settings_reports_what_would_have_mattered() -> None:
+    policy = model()
+    policy.generation_config = GenerationConfig(
+        eos_token_id=EOS, pad_token_id=PAD, bos_token_id=EOS, max_length=50, **OWN
+    )
+    reported = overridden_settings(policy)
+    assert reported == {name: value for name, value in OWN.items() if name != "do_sample"}
+    adapted = add_policy_adapter(policy, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert overridden_settings(adapted) == reported
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "do_sample": True},
+        {"repetition_penalty": 1.0, "min_length": 0, "num_beams": 1, "no_repeat_ngram_size": 0},
+    ],
+)
+def test_overridden_settings_of_plain_sampling_is_empty(own: dict[str, Any]) -> None:
+    policy = model()
+    policy.generation_config = GenerationConfig(eos_token_id=EOS, **own)
+    assert overridden_settings(policy) == {}
+
+
+# ------------------------------------------------------------------ the distribution
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    expected = probabilities * counts.sum()
+    return float(((counts - expected).square() / expected).sum())
+
+
+def test_draws_follow_the_policys_distribution_at_the_temperature() -> None:
+    """4000 draws of a first and a second token, ragged prompts, a checkpoint that asks for top_k=2."""
+    policy = model(vocab_size=8)
+    policy.generation_config = GenerationConfig(top_k=2, temperature=0.1, do_sample=True)
+    prompts = [[3, 4, 5], [6]]
+    torch.manual_seed(0)
+    e = generate(policy, prompts * 4000, sampling(max_new_tokens=2, temperature=0.7, batch_size=2000))
+    completions = torch.tensor(e.completions())
+    for which, prompt in enumerate(prompts):
+        drawn = completions[which::2]
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([prompt])).logits[0, -1]
+            after = policy(input_ids=torch.tensor([[*prompt, t] for t in range(8)])).logits[:, -1]
+        first = drawn[:, 0].bincount(minlength=8)
+        # 7 degrees of freedom: above 29.9 once in 10,000.
+        assert chi_square(first, (logits / 0.7).softmax(0)) < 29.9
+        assert chi_square(first, logits.softmax(0)) > 40, "the test would not notice another temperature"
+        commonest = int(first.argmax())
+        second = drawn[drawn[:, 0] == commonest, 1].bincount(minlength=8)
+        assert chi_square(second, (after[commonest] / 0.7).softmax(0)) < 29.9
+
+
+def test_logprobs_of_drawn_tokens_are_those_of_the_distribution_they_came_from() -> None:
+    """The mean logprob of draws is minus the entropy: the two halves, rollout and scoring, agree."""
+    policy = model(vocab_size=8)
+    torch.manual_seed(1)
+    e = generate(policy, [[3, 4, 5]] * 2000, sampling(max_new_tokens=3, temperature=0.7, batch_size=2000))
+    with torch.no_grad():
+        logprobs, entropy = completion_logprobs(policy, rectangle(e.samples(), e.prompt_lens), 0.7)
+    error = (logprobs + entropy).mean() / ((logprobs + entropy).std() / len(logprobs) ** 0.5)
+    assert abs(error) < 4
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    policy = model()
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(generate(policy, PROMPTS, sampling(temperature=1.0)).completions())
+    assert runs[0] == runs[1] != runs[2]
