@@ -128,6 +128,11 @@ def test_whiten() -> None:
     assert_close(whiten(f64(1, 2, 3, 4), shift_mean=False), expected + 2.5, rtol=0, atol=1e-7)
 
 
+def test_whiten_of_two_tokens() -> None:
+    # Mean 2, variance (1 + 1) / 1 = 2: -1 / 1.4142136 and 1 / 1.4142136.
+    assert_close(whiten(f64(1, 3)), f64(-0.7071068, 0.7071068), rtol=0, atol=1e-7)
+
+
 def test_whiten_of_a_single_token() -> None:
     assert_close(whiten(f64(7)), f64(0))
     assert_close(whiten(f64(7), shift_mean=False), f64(7))

@@ -224,6 +224,18 @@ def test_draws_follow_the_policys_distribution_at_the_temperature() -> None:
         assert chi_square(second, (after[commonest] / 0.7).softmax(0)) < 29.9
 
 
+def test_every_token_of_the_vocabulary_can_be_drawn() -> None:
+    """A policy that finds all 300 tokens about equally likely: no top-k or top-p of any default cuts some off."""
+    policy = model()
+    # Not quite equal: top-k keeps ties.
+    policy.lm_head.weight.data *= 0.01
+    torch.manual_seed(2)
+    e = generate(policy, [[5]] * 1000, sampling(max_new_tokens=6, temperature=1.0, batch_size=1000))
+    counts = torch.tensor(e.completions()).flatten().bincount(minlength=300)
+    # 299 degrees of freedom: 299 +- 24.5; four deviations.
+    assert chi_square(counts, torch.full((300,), 1 / 300)) < 397
+
+
 def test_logprobs_of_drawn_tokens_are_those_of_the_distribution_they_came_from() -> None:
     """The mean logprob of draws is minus the entropy: the two halves, rollout and scoring, agree."""
     policy = model(vocab_size=8)

@@ -15,9 +15,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "build_demo"
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from build_demo import checks, clean, corpus, policy, prompts, reward, smollm2  # noqa: E402
+from build_demo import checks, clean, corpus, policy, prompts, reward, smollm2
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "fourscore" / "demo"
 

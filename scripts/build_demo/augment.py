@@ -76,7 +76,7 @@ def sign(text: str, analyzer: SentimentIntensityAnalyzer) -> int:
 
 
 def recombine(texts: list[str], count: int, seed: int) -> list[str]:
-    """Up to `count` new sentences from the halves of sentences of the form ``first, and (or but) second.``
+    """Up to `count` new sentences from the halves of sentences of the form ``first, and (or but) second.``.
 
     A first half gets the second half of another sentence with the same joint whose halves VADER gives the same
     signs, provided that the new second half stands alone: its subject refers to nothing in its old first half.

@@ -1,5 +1,6 @@
 """From raw sampled lines to a clean, sentiment-balanced corpus with its own held-out part."""
 
+import itertools
 import json
 import random
 import re
@@ -42,7 +43,7 @@ def is_clean(text: str) -> bool:
     found = words(text)
     if not PLAIN.fullmatch(text) or not MIN_WORDS <= len(found) <= MAX_WORDS or UNWANTED.search(text):
         return False
-    if any(a == b for a, b in zip(found, found[1:], strict=False) if a not in ("very", "so", "that", "had")):
+    if any(a == b for a, b in itertools.pairwise(found) if a not in ("very", "so", "that", "had")):
         return False
     if re.search(r"\b([a-z]+),? (?:and|or|but) \1\b", text.lower()):
         return False

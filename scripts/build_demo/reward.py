@@ -18,7 +18,7 @@ from .sources import Rated, is_heldout, rated_snippets
 
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets")
 MIN_GAP = 1.0
-MAX_WORDS = 40
+MAX_WORDS = 24
 
 
 def split_snippets(work: Path, sources: tuple[str, ...]) -> tuple[list[Rated], list[Rated]]:

@@ -103,11 +103,12 @@ def run(seed: int, folder: Path, flags: list[str], console: Console) -> dict[str
     if trainer.parallel.is_main:
         path = folder / "summary.json"
         write_json_atomic(path, json.loads(path.read_text()) | summary)
-        with JsonLines(folder / "samples.jsonl") as file:
-            for step, split, rows in ((0, "before", before), (args.num_total_batches, "after", after)):
-                for row in rows:
-                    kept = {"prompt": row["prompt"], "completion": row["completion"], "score": row["scores"]}
-                    file.append({"step": step, "split": split} | kept)
+        file = JsonLines(folder / "samples.jsonl")
+        for step, split, rows in ((0, "before", before), (args.num_total_batches, "after", after)):
+            for row in rows:
+                kept = {"prompt": row["prompt"], "completion": row["completion"], "score": row["scores"]}
+                file.append({"step": step, "split": split} | kept)
+        file.close()
         _print_samples(console, before, after)
         _print_measures(console, was, now, len(before))
         console.print(f"trained for {summary['train_seconds']:.0f} s; the run is in {folder}", highlight=False)
@@ -116,7 +117,11 @@ def run(seed: int, folder: Path, flags: list[str], console: Console) -> dict[str
 
 def _summary(was: Measures, now: Measures, seconds: float) -> dict[str, Any]:
     names = {name: (getattr(was, name), getattr(now, name)) for name in asdict(was) if name != "kl"}
-    flat = {f"{name}_{when}": value for name, pair in names.items() for when, value in zip(("before", "after"), pair, strict=True)}
+    flat = {
+        f"{name}_{when}": value
+        for name, pair in names.items()
+        for when, value in zip(("before", "after"), pair, strict=True)
+    }
     return flat | {"kl": now.kl, "train_seconds": seconds}
 
 

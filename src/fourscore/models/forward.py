@@ -104,7 +104,7 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
     Returns:
         logprobs `[C]` and entropies `[C]` in nats, fp32; entropies carry no gradient.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
 
     def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][batch.rows, batch.columns].unsqueeze(0), *args[1:])
@@ -145,7 +145,7 @@ def sample_scores(model: nn.Module, samples: list[Tensor]) -> Tensor:
         `[n]`, fp32.
     """
     device = samples[0].device
-    pad = model.config.get_text_config().pad_token_id  # type: ignore[union-attr,operator]
+    pad = model.config.get_text_config().pad_token_id
     columns = []
     for sample in samples:
         real = torch.ones_like(sample, dtype=torch.bool) if pad is None else sample != pad
@@ -209,7 +209,7 @@ def _hook(handle: RemovableHandle) -> Iterator[None]:
 @contextmanager
 def _pools_anything(model: nn.Module) -> Iterator[None]:
     """Without a pad id transformers refuses to pool a batch; its pooled result is not used here, so any id serves."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config: Any = model.config.get_text_config()
     before = config.pad_token_id
     if before is None:
         config.pad_token_id = 0

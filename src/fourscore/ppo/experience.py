@@ -76,7 +76,7 @@ class Experience:
                 lens = self.lens if field.name == "input_ids" else self.completion_lens
                 pieces = tensor.split(lens.tolist())
                 chosen[field.name] = torch.cat([pieces[i] for i in picks])
-        return type(self)(**chosen)  # type: ignore[arg-type]
+        return type(self)(**chosen)
 
 
 def sum_per_sample(per_token: Tensor, lens: Tensor) -> Tensor:

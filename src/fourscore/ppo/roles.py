@@ -77,7 +77,9 @@ def prepare_roles(
         policy = add_policy_adapter(policy, peft_config)
     under_peft = isinstance(policy, PeftModel)
     if quantized and not under_peft:
-        raise FourscoreError("quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit.")
+        raise FourscoreError(
+            "quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit."
+        )
     freeze(reward_model)
     if under_peft and not isinstance(value_model, PeftModel) and args.value_training == "adapter":
         value_model = add_value_adapter(value_model, peft_config or policy.peft_config[policy.active_adapter])
@@ -123,7 +125,9 @@ def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, pe
     for name, model in (("reward_model", reward_model), ("value_model", value_model)):
         labels = getattr(model.config, "num_labels", None)
         if labels != 1:
-            raise FourscoreError(f"{name} has num_labels={labels}, but a score is one number: load it with num_labels=1.")
+            raise FourscoreError(
+                f"{name} has num_labels={labels}, but a score is one number: load it with num_labels=1."
+            )
         score_head(model)
     vocabularies = {
         name: model.config.get_text_config().vocab_size

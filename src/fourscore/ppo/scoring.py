@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from fourscore.ppo.experience import Experience
 from fourscore.models.forward import completion_logprobs, completion_values, microbatches, rectangle, scatter_back
+from fourscore.ppo.experience import Experience
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -25,9 +25,7 @@ def logprobs_of(
         batch_size: samples a forward pass.
         autocast: makes the context of the forward passes.
     """
-    return _per_token(
-        experience, batch_size, autocast, lambda batch: completion_logprobs(model, batch, temperature)[0]
-    )
+    return _per_token(experience, batch_size, autocast, lambda batch: completion_logprobs(model, batch, temperature)[0])
 
 
 @torch.no_grad()

@@ -114,7 +114,9 @@ class PPOTrainer:
         if args.full_determinism:
             torch.use_deterministic_algorithms(True)
         if overridden := overridden_settings(model):
-            logger.warning("the policy's generation config is not used for rollouts, which need plain sampling: %s", overridden)
+            logger.warning(
+                "the policy's generation config is not used for rollouts, which need plain sampling: %s", overridden
+            )
         self.roles = prepare_roles(args, model, ref_model, reward_model, value_model, peft_config, self.parallel)
         self.model = self.roles.policy
         self.ref_model = self.roles.ref_policy
@@ -214,7 +216,9 @@ class PPOTrainer:
     def _scores(self, experience: Experience) -> torch.Tensor:
         scores = score(self.reward_model, experience, self.args.local_rollout_forward_batch_size)
         if not scores.isfinite().all():
-            raise FourscoreError("the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype.")
+            raise FourscoreError(
+                "the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype."
+            )
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~experience.has_eos
         return scores
@@ -389,7 +393,9 @@ class PPOTrainer:
         return list(zip(prompts, decode(experience.completions(), skip_special_tokens=True), strict=True))
 
     def _print(self, rows: list[dict[str, Any]]) -> None:
-        table = Table("prompt", "completion", "score", title=f"greedy completions after {self.state.global_step} updates")
+        table = Table(
+            "prompt", "completion", "score", title=f"greedy completions after {self.state.global_step} updates"
+        )
         for row in rows:
             # As plain texts: a completion such as "[/x]" is broken rich markup.
             table.add_row(Text(row["prompt"]), Text(row["completion"]), f"{row['score']:.3f}")
@@ -513,7 +519,9 @@ class PPOTrainer:
             setattr(self.state, name, getattr(fresh, name))
         self.state.is_local_process_zero = self.state.is_world_process_zero = self.parallel.is_main
         for callback in self._stateful():
-            for name, value in self.state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items():
+            for name, value in (
+                self.state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items()
+            ):
                 setattr(callback, name, value)
         checkpoint.load_weights(self.model, folder, self.parallel)
         checkpoint.load_weights(self.value_model, folder / "value_model", self.parallel)
@@ -551,7 +559,10 @@ class PPOTrainer:
     def _sample_table(self, experience: Experience) -> None:
         assert experience.scores is not None
         scores = experience.scores.tolist()
-        rows = [{"prompt": p, "completion": c, "score": s} for (p, c), s in zip(self._texts(experience), scores, strict=True)]
+        rows = [
+            {"prompt": p, "completion": c, "score": s}
+            for (p, c), s in zip(self._texts(experience), scores, strict=True)
+        ]
         self._keep_samples("train", rows[:SAMPLES_SHOWN])
         self.generate_completions(sampling=True)
 
@@ -576,7 +587,9 @@ class PPOTrainer:
         rows = dataset[indices]
         if self.data_collator is None:
             return rows["input_ids"]
-        batch = self.data_collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+        batch = self.data_collator(
+            [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        )
         mask = batch.get("attention_mask")
         ids = batch["input_ids"]
         return [row[mask[i].bool()].tolist() if mask is not None else list(row) for i, row in enumerate(ids)]

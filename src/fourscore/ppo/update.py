@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fourscore.models.forward import completion_logprobs, completion_values, microbatches, rectangle
 from fourscore.parallel import Parallel, clip_gradients
 from fourscore.ppo.experience import Experience
-from fourscore.models.forward import completion_logprobs, completion_values, microbatches, rectangle
 from fourscore.ppo.losses import policy_loss, value_loss
 
 

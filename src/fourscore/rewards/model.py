@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fourscore.ppo.experience import Experience
 from fourscore.models.forward import microbatches, sample_scores, scatter_back
+from fourscore.ppo.experience import Experience
 
 
 @torch.no_grad()

@@ -56,9 +56,7 @@ def generate(policy: nn.Module, prompts: list[list[int]], sampling: Sampling, *,
             for row, i in enumerate(group):
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[row, width - len(prompts[i]) :] = 1
-            out = policy.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
-            )
+            out = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced)
             for i, new in zip(group, out[:, width:], strict=True):
                 completions[i] = new[: _length(new, sampling)]
     samples = [torch.cat([torch.tensor(p, device=device), completions[i]]) for i, p in enumerate(prompts)]
@@ -77,9 +75,16 @@ def overridden_settings(policy: nn.Module) -> dict[str, Any]:
     Returns:
         setting to value, for those that differ from plain sampling (`repetition_penalty`, `top_k`, ...).
     """
-    own = policy.generation_config.to_diff_dict()  # type: ignore[union-attr,operator]
-    harmless = ("_", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample", "max_")
-    harmless += ("use_cache", "cache_", "output_", "return_")
+    own = policy.generation_config.to_diff_dict()
+    harmless: tuple[str, ...] = (
+        "_",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "do_sample",
+    )
+    harmless += ("max_", "use_cache", "cache_", "output_", "return_")
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_length": 0, "num_beams": 1}
     neutral |= {"repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1}
     return {k: v for k, v in own.items() if not k.startswith(harmless) and neutral.get(k) != v}

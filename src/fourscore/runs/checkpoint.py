@@ -125,10 +125,10 @@ def load_optimizer_states(
 
 def rng_state() -> dict[str, Any]:
     """The state of every random generator of this process."""
-    numpy = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (numpy[0], torch.tensor(numpy[1].astype(np.int64)), *numpy[2:]),  # type: ignore[union-attr]
+        "numpy": (numpy[0], torch.tensor(numpy[1].astype(np.int64)), *numpy[2:]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -1,0 +1,281 @@
+"""What a user sees of PPOTrainer: its files, its callbacks, its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
+
+from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, get_peft_config, load_models
+
+PROMPTS = ["the movie", "a film is", "this", "good acting and", "it was a plot", "so"]
+
+
+def config(out: Path, **changes) -> PPOConfig:
+    settings = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "response_length": 6,
+        "save_strategy": "no",
+        "num_sample_generations": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return PPOConfig(**(settings | changes))
+
+
+def trainer_on(args: PPOConfig, **changes) -> PPOTrainer:
+    tokenizer = make_tokenizer()
+    parts = {
+        "processing_class": tokenizer,
+        "model": make_model("llama", tokenizer),
+        "ref_model": None,
+        "reward_model": make_model("llama", tokenizer, "reward", seed=1),
+        "value_model": make_model("llama", tokenizer, "reward", seed=1),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+    }
+    return PPOTrainer(args=args, **(parts | changes))
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.logs: list[dict] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        self.events.append("begin")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(f"step {state.global_step}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.events.append("evaluate")
+        assert metrics["eval/scores"] is not None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append("save")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_a_run_directory(tmp_path: Path) -> None:
+    out, seen = tmp_path / "run", Recorder()
+    args = config(out, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    held_out = Dataset.from_dict({"prompt": PROMPTS[:5]})
+    trainer = trainer_on(args, eval_dataset=held_out, callbacks=[seen])
+    result = trainer.train()
+    trainer.save_model()
+    assert result.global_step == 2
+    assert seen.events == ["begin", "step 1", "step 2", "evaluate", "save", "end"]
+    assert [log["episode"] for log in seen.logs if "episode" in log] == [4, 8]
+
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    for name in ("time/rollout_s", "time/scoring_s", "time/update_s", "time/total_s", "memory/peak_gib"):
+        assert metrics[0][name] > 0
+    assert "eval/scores" not in metrics[0]
+    assert {"eval/scores", "eval/kl", "eval/completion_length", "eval/ended"} <= metrics[1].keys()
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in samples} == {"train", "eval"}
+    assert {"step", "split", "prompt", "completion", "score"} == samples[0].keys()
+    assert json.loads((out / "summary.json").read_text())["updates"] == 2
+    assert yaml.safe_load((out / "config.yaml").read_text())["response_length"] == 6
+    assert (out / "README.md").read_text().startswith("---")
+    value_model = AutoModelForSequenceClassification.from_pretrained(out / "value_model")
+    assert value_model.config.num_labels == 1
+
+    with pytest.raises(FourscoreError, match="not empty.*--resume_from_checkpoint"):
+        trainer_on(config(out)).train()
+
+
+def test_the_reference_stays_and_the_others_move(tmp_path: Path) -> None:
+    trainer = trainer_on(config(tmp_path))
+    before = {
+        name: {k: v.clone() for k, v in model.state_dict().items()}
+        for name, model in (
+            ("policy", trainer.model),
+            ("ref", trainer.ref_model),
+            ("reward", trainer.reward_model),
+            ("value", trainer.value_model),
+        )
+    }
+    trainer.train()
+    for name, model, moves in (
+        ("policy", trainer.model, True),
+        ("ref", trainer.ref_model, False),
+        ("reward", trainer.reward_model, False),
+        ("value", trainer.value_model, True),
+    ):
+        same = all(torch.equal(v, before[name][k]) for k, v in model.state_dict().items())
+        assert same != moves, name
+
+
+def test_peft_trains_adapters_and_the_head_only(tmp_path: Path) -> None:
+    trainer = trainer_on(config(tmp_path), peft_config=get_peft_config(ModelConfig(use_peft=True)))
+    assert trainer.ref_model is None
+    trained = lambda model: {n for n, p in model.named_parameters() if p.requires_grad}  # noqa: E731
+    policy, value = trained(trainer.model), trained(trainer.value_model)
+    assert all("lora_" in name for name in policy)
+    assert {name for name in value if "lora_" not in name} == {"base_model.model.score.modules_to_save.default.weight"}
+    # The reward model stands on the value model's base.
+    ours = {p.data_ptr() for p in trainer.value_model.parameters()}
+    assert all(p.data_ptr() in ours for p in trainer.reward_model.parameters())
+    trainer.train()
+    assert trained(trainer.model) == policy
+    assert trained(trainer.value_model) == value
+
+
+def test_full_value_training_under_peft(tmp_path: Path) -> None:
+    args = config(tmp_path, value_training="full")
+    trainer = trainer_on(args, peft_config=get_peft_config(ModelConfig(use_peft=True)))
+    assert all(p.requires_grad for p in trainer.value_model.parameters())
+    trainer.train()
+
+
+def test_gradient_clipping_and_weight_decay_reach_the_optimizer(tmp_path: Path) -> None:
+    weights = {}
+    for limit in (1e-6, 1.0):
+        trainer = trainer_on(config(tmp_path / str(limit), max_grad_norm=limit, optim="sgd", max_steps=1))
+        start = trainer.model.lm_head.weight.detach().clone()
+        trainer.train()
+        weights[limit] = (trainer.model.lm_head.weight - start).norm().item()
+    assert 0 < weights[1e-6] < 1e-4 * weights[1.0]
+    decayed = trainer_on(config(tmp_path / "decay", weight_decay=0.1)).optimizers["policy"]
+    assert [g["weight_decay"] for g in decayed.param_groups] == [0.1, 0.0]
+
+
+def test_the_learning_rate_falls_linearly_by_update(tmp_path: Path) -> None:
+    trainer = trainer_on(config(tmp_path, max_steps=4, num_mini_batches=2))
+    trainer.train()
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize(("mini_batches", "steps"), [(1, 2), (2, 4)])
+def test_one_optimizer_step_a_minibatch(mini_batches: int, steps: int, tmp_path: Path) -> None:
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_mini_batches=mini_batches,
+        num_ppo_epochs=2,
+        max_steps=1,
+    )
+    trainer = trainer_on(args)
+    taken = []
+    trainer.optimizers["policy"].register_step_post_hook(lambda *_: taken.append(1))
+    trainer.train()
+    assert len(taken) == steps
+
+
+def test_own_optimizer_and_schedule(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    policy = make_model("llama", tokenizer)
+    value_model = make_model("llama", tokenizer, "reward", seed=1)
+    optimizer = torch.optim.SGD([*policy.parameters(), *value_model.parameters()], lr=0.5)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    trainer = trainer_on(config(tmp_path), model=policy, value_model=value_model, optimizers=(optimizer, schedule))
+    start = value_model.score.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(value_model.score.weight, start)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["lr"] == 0.5
+
+
+def test_a_collator_is_asked_for_the_prompts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    calls = []
+
+    def collate(rows):
+        calls.append(len(rows))
+        return DataCollatorWithPadding(tokenizer)(rows)
+
+    tokenizer.padding_side = "left"
+    with_collator = trainer_on(config(tmp_path / "a"), processing_class=tokenizer, data_collator=collate)
+    without = trainer_on(config(tmp_path / "b"))
+    with_collator.train()
+    without.train()
+    assert calls == [4, 4]
+    a, b = (json.loads((tmp_path / x / "metrics.jsonl").read_text().splitlines()[-1]) for x in "ab")
+    assert a["objective/scores"] == b["objective/scores"]
+
+
+def test_missing_eos_penalty_and_stop_tokens(tmp_path: Path) -> None:
+    fixed = trainer_on(config(tmp_path / "a", stop_token="none", max_steps=1))
+    fixed.train()
+    row = json.loads((tmp_path / "a" / "metrics.jsonl").read_text())
+    assert row["tokens/completion"] == 4 * 6
+    punished = trainer_on(config(tmp_path / "b", stop_token="none", max_steps=1, missing_eos_penalty=100.0))
+    punished.train()
+    other = json.loads((tmp_path / "b" / "metrics.jsonl").read_text())
+    missing = 4 - other["val/num_eos_tokens"]
+    assert missing > 0
+    assert row["objective/scores"] - other["objective/scores"] == pytest.approx(100 * missing / 4, rel=1e-4)
+
+
+def test_generate_completions_shows_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trainer_on(config(tmp_path), eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    rows = trainer.generate_completions()
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert "greedy completions" in capsys.readouterr().out
+    assert trainer.generate_completions() == rows
+    assert trainer_on(config(tmp_path / "x")).generate_completions() == []
+
+
+def test_early_stop_by_a_callback(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+            return control
+
+    assert trainer_on(config(tmp_path, max_steps=5), callbacks=[Stop()]).train().global_step == 1
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    policy = make_model("llama", tokenizer)
+    reward = make_model("llama", tokenizer, "reward", seed=1)
+    lora = get_peft_config(ModelConfig(use_peft=True))
+    args = config(tmp_path)
+    for changes, message in (
+        ({"train_dataset": None}, "train_dataset is missing"),
+        ({"model": policy, "ref_model": policy}, "same object"),
+        ({"reward_model": reward, "value_model": reward}, "same object"),
+        ({"reward_model": make_model("llama", tokenizer, "reward", num_labels=2)}, "num_labels"),
+        ({"reward_model": make_model("llama", tokenizer, "reward", vocab_size=999)}, "vocabular"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "prompt"),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [[1, 10**6]]})}, "vocabulary"),
+    ):
+        with pytest.raises(FourscoreError, match=message):
+            trainer_on(args, **changes)
+    adapted = trainer_on(args, peft_config=lora).model
+    with pytest.raises(FourscoreError, match="PEFT"):
+        trainer_on(args, model=adapted, peft_config=lora)
+    with pytest.raises(FourscoreError, match="eval_dataset"):
+        trainer_on(config(tmp_path, eval_strategy="steps", eval_steps=1))
+    with pytest.raises(FourscoreError, match="num_mini_batches"):
+        trainer_on(config(tmp_path, num_mini_batches=3))
+
+
+def test_a_score_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    reward = make_model("llama", make_tokenizer(), "reward", seed=1)
+    torch.nn.init.constant_(reward.score.weight, float("nan"))
+    with pytest.raises(FourscoreError, match="NaN"):
+        trainer_on(config(tmp_path), reward_model=reward).train()
+
+
+def test_embedded_default_loads(tmp_path: Path) -> None:
+    models = load_models(ModelConfig(), config(tmp_path))
+    assert models.tokenizer.pad_token_id not in (None, models.tokenizer.eos_token_id)
+    assert models.tokenizer.padding_side == "left"
+    assert models.policy.config.vocab_size == models.reward_model.config.vocab_size
