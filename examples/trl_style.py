@@ -1,4 +1,4 @@
-"""A PPO script as it was written for TRL 1.12: four models loaded by hand, its flags, its trainer. Only the imports differ.
+"""A PPO script as for TRL 1.12: four models loaded by hand, its flags, its trainer. Only the imports differ.
 
     python examples/trl_style.py --dataset_name prompts/ --output_dir runs/mine \
         --model_name_or_path ./sft --sft_model_path ./sft --reward_model_path ./reward --missing_eos_penalty 1.0

@@ -58,7 +58,7 @@ def test_killed_and_resumed(adapter: str, weights: str, llama_policy: Path, llam
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint-2"
     with (
-        pytest.raises(FourscoreError, match="No space left.*--resume_from_checkpoint"),
+        pytest.raises(FourscoreError, match=r"No space left.*--resume_from_checkpoint"),
         written_whole(target, ALONE) as d,
     ):
         (d / "half").write_text("x")

@@ -95,7 +95,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     value_model = AutoModelForSequenceClassification.from_pretrained(out / "value_model")
     assert value_model.config.num_labels == 1
 
-    with pytest.raises(FourscoreError, match="not empty.*--resume_from_checkpoint"):
+    with pytest.raises(FourscoreError, match=r"not empty.*--resume_from_checkpoint"):
         trainer_on(config(out)).train()
 
 
@@ -254,7 +254,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         ({"reward_model": make_model("llama", tokenizer, "reward", num_labels=2)}, "num_labels"),
         ({"reward_model": make_model("llama", tokenizer, "reward", vocab_size=999)}, "vocabular"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "prompt"),
-        ({"train_dataset": Dataset.from_dict({"input_ids": [[1, 10**6]]})}, "vocabulary"),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [[1, 10**6]]})}, "another tokenizer"),
     ):
         with pytest.raises(FourscoreError, match=message):
             trainer_on(args, **changes)

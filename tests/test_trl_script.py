@@ -17,9 +17,7 @@ import trl_style
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
-    rows = [
-        {"prompt": f"{a} {b}"} for a in ("the film", "a movie", "this plot") for b in ("is", "was", "and", "with")
-    ] * 2
+    rows = [{"prompt": f"{a} {b}"} for a in ("the film", "a movie") for b in ("is", "was", "and", "with")] * 3
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

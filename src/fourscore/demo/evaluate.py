@@ -56,7 +56,7 @@ def positive(texts: Sequence[str]) -> list[bool]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams, among all texts (Li et al. 2016, arXiv 1510.03055); 0 without any."""
+    """Different n-grams of words over all n-grams of all texts (Li et al. 2016, arXiv 1510.03055); 0 without any."""
     grams = [
         tuple(words[i : i + n]) for words in (text.lower().split() for text in texts) for i in range(len(words) - n + 1)
     ]

@@ -532,8 +532,8 @@ class PPOTrainer:
         rng = torch.load(folder / checkpoint.RNG, weights_only=True, map_location="cpu")
         if len(rng) != self.parallel.world_size:
             raise FourscoreError(
-                f"{folder} was written by {len(rng)} processes, this run has {self.parallel.world_size}: resume with the "
-                "same number, so that it goes on as it was."
+                f"{folder} was written by {len(rng)} processes, this run has {self.parallel.world_size}: resume with "
+                "the same number, so that it goes on as it was."
             )
         checkpoint.set_rng_state(rng[self.parallel.rank])
         logger.info("resumed from %s: %d updates are done", folder, self.state.global_step)
