@@ -1,7 +1,5 @@
 """PPOTrainer: rollout, scoring, advantages, update, and the run around them."""
 
-import dataclasses
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience, sum_per_sample
+from fourscore.ppo.objective import objective_metrics
 from fourscore.ppo.optim import build_optimizer, build_schedule
 from fourscore.ppo.roles import prepare_roles
 from fourscore.ppo.scoring import logprobs_of, values_of
@@ -172,7 +171,7 @@ class PPOTrainer:
             state.global_step += 1
             state.episode += args.batch_size
             state.epoch = state.episode / len(self.train_dataset)
-            metrics = self._objective_metrics(experience) | metrics | clock.laps
+            metrics = objective_metrics(experience, args.kl_coef, parallel) | metrics | clock.laps
             metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
             metrics |= {"eps": state.episode / (time.perf_counter() - started), "episode": state.episode}
             self._record(experience, metrics)
@@ -265,34 +264,6 @@ class PPOTrainer:
         if every and self.state.global_step % every == 0 and self.parallel.device.type == "cuda":
             torch.cuda.empty_cache()
         return metrics
-
-    def _objective_metrics(self, experience: Experience) -> dict[str, float]:
-        e, lens = experience, experience.completion_lens
-        assert e.kl is not None and e.logprobs is not None and e.scores is not None
-        n = float(len(e))
-        sums = torch.stack(
-            [
-                e.kl.sum(),
-                -e.logprobs.sum(),
-                e.scores.sum(),
-                e.has_eos.sum(),
-                e.prompt_lens.sum(),
-                lens.sum(),
-                e.kl.new_tensor(n),
-            ]
-        )
-        kl, surprisal, scores, ended, prompt, completion, count = self.parallel.sum(sums).tolist()
-        shaping = -self.args.kl_coef * kl / count
-        return {
-            "objective/kl": kl / count,
-            "objective/entropy": surprisal / count,
-            "objective/non_score_reward": shaping,
-            "objective/rlhf_reward": scores / count + shaping,
-            "objective/scores": scores / count,
-            "val/num_eos_tokens": int(ended),
-            "tokens/prompt": int(prompt),
-            "tokens/completion": int(completion),
-        }
 
     # ------------------------------------------------------------------ evaluation and samples
 
@@ -417,8 +388,7 @@ class PPOTrainer:
         checkpoint.save_weights(self.model, folder, self.parallel)
         checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
         if self.parallel.is_main:
-            rows = self.model.get_input_embeddings().weight.shape[0]
-            saved_tokenizer(self.processing_class, rows).save_pretrained(folder)
+            self._tokenizer_to_save().save_pretrained(folder)
             last = self.state.log_history[-1] if self.state.log_history else {}
             (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
         self.parallel.barrier()
@@ -483,60 +453,37 @@ class PPOTrainer:
 
     def _save_checkpoint(self) -> None:
         args, state = self.args, self.state
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        state.stateful_callbacks = self._callback_states()
-        optimizers = checkpoint.optimizer_states(self.roles.trained, self.optimizers, self.parallel)
-        rng = self.parallel.gather([checkpoint.rng_state()])
-        if self.parallel.is_main:
-            logger.info("writing %s", folder)
-        with checkpoint.written_whole(folder, self.parallel) as draft:
-            checkpoint.save_weights(self.model, draft, self.parallel)
-            checkpoint.save_weights(self.value_model, draft / "value_model", self.parallel)
-            if self.parallel.is_main:
-                rows = self.model.get_input_embeddings().weight.shape[0]
-                saved_tokenizer(self.processing_class, rows).save_pretrained(draft)
-                state.save_to_json(str(draft / checkpoint.STATE))
-                if not args.save_only_model:
-                    schedules = {name: s.state_dict() for name, s in self.schedules.items()}
-                    torch.save({"optimizers": optimizers, "schedules": schedules}, draft / checkpoint.OPTIMIZERS)
-                    torch.save(rng, draft / checkpoint.RNG)
+        state.stateful_callbacks = {type(cb).__name__: cb.state() for cb in self._stateful()}
+        checkpoint.save(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}",
+            self._checkpointed(),
+            state,
+            self._tokenizer_to_save(),
+            self.parallel,
+            weights_only=args.save_only_model,
+        )
         if self.parallel.is_main:
             checkpoint.prune(Path(args.output_dir), args.save_total_limit)
         self.control = self.callback_handler.on_save(args, state, self.control)
 
     def _load_checkpoint(self, folder: Path) -> None:
-        for name in (checkpoint.STATE, checkpoint.OPTIMIZERS, checkpoint.RNG):
-            if not (folder / name).is_file():
-                raise FourscoreError(
-                    f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
-                    "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
-                )
-        saved = json.loads((folder / checkpoint.STATE).read_text())
-        known = {f.name for f in dataclasses.fields(PPOState)}
-        self.state = PPOState(**{k: v for k, v in saved.items() if k in known})
+        saved = checkpoint.load(folder, self._checkpointed(), self.parallel)
         fresh = self._new_state()
-        for name in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"):
-            setattr(self.state, name, getattr(fresh, name))
-        self.state.is_local_process_zero = self.state.is_world_process_zero = self.parallel.is_main
+        # How long the run is and when it logs is for this run's flags to say; the rest goes on.
+        for name in ("episode", "global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+            setattr(fresh, name, saved[name])
+        self.state = fresh
         for callback in self._stateful():
-            for name, value in (
-                self.state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items()
-            ):
+            attributes = saved["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {})
+            for name, value in attributes.items():
                 setattr(callback, name, value)
-        checkpoint.load_weights(self.model, folder, self.parallel)
-        checkpoint.load_weights(self.value_model, folder / "value_model", self.parallel)
-        states = torch.load(folder / checkpoint.OPTIMIZERS, weights_only=True, map_location="cpu")
-        checkpoint.load_optimizer_states(states["optimizers"], self.roles.trained, self.optimizers, self.parallel)
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(states["schedules"][name])
-        rng = torch.load(folder / checkpoint.RNG, weights_only=True, map_location="cpu")
-        if len(rng) != self.parallel.world_size:
-            raise FourscoreError(
-                f"{folder} was written by {len(rng)} processes, this run has {self.parallel.world_size}: resume with "
-                "the same number, so that it goes on as it was."
-            )
-        checkpoint.set_rng_state(rng[self.parallel.rank])
         logger.info("resumed from %s: %d updates are done", folder, self.state.global_step)
+
+    def _checkpointed(self) -> checkpoint.Training:
+        return checkpoint.Training(self.roles.trained, self.optimizers, self.schedules)
+
+    def _tokenizer_to_save(self) -> Any:
+        return saved_tokenizer(self.processing_class, self.model.get_input_embeddings().weight.shape[0])
 
     # ------------------------------------------------------------------ small things
 
@@ -642,9 +589,6 @@ class PPOTrainer:
 
     def _stateful(self) -> list[Any]:
         return [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
-
-    def _callback_states(self) -> dict[str, Any]:
-        return {type(cb).__name__: cb.state() for cb in self._stateful()}
 
     def _card_info(self) -> dict[str, Any]:
         return {

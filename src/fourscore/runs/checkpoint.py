@@ -1,10 +1,12 @@
 """Checkpoints: all that a run needs to go on as if it had not stopped, written whole or not at all."""
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,87 @@ from fourscore.parallel import Parallel
 OPTIMIZERS = "optimizers.pt"
 RNG = "rng.pt"
 STATE = "trainer_state.json"
+
+
+@dataclass
+class Training:
+    """What trains, by the name of the role: `policy` first, `value` second.
+
+    Attributes:
+        models: the roles.
+        optimizers: one a role, or the policy's for both.
+        schedules: one an optimizer.
+    """
+
+    models: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    schedules: dict[str, Any]
+
+    def folders(self, root: Path) -> dict[str, Path]:
+        """Where each role's weights are: the policy's at the root, as in a run directory."""
+        return {"policy": root, "value": root / "value_model"}
+
+
+def save(
+    folder: Path, training: Training, state: Any, tokenizer: Any, parallel: Parallel, *, weights_only: bool
+) -> None:
+    """Write a checkpoint. Every process calls it.
+
+    Args:
+        folder: its name.
+        training: roles, optimizers and schedules.
+        state: transformers' `TrainerState`.
+        tokenizer: to lie beside the policy.
+        parallel: the processes.
+        weights_only: leave out what only resuming needs.
+
+    Raises:
+        FourscoreError: it could not be written.
+    """
+    optimizers = optimizer_states(training.models, training.optimizers, parallel)
+    rng = parallel.gather([rng_state()])
+    with written_whole(folder, parallel) as draft:
+        for name, place in training.folders(draft).items():
+            save_weights(training.models[name], place, parallel)
+        if parallel.is_main:
+            tokenizer.save_pretrained(draft)
+            state.save_to_json(str(draft / STATE))
+            if not weights_only:
+                schedules = {name: schedule.state_dict() for name, schedule in training.schedules.items()}
+                torch.save({"optimizers": optimizers, "schedules": schedules}, draft / OPTIMIZERS)
+                torch.save(rng, draft / RNG)
+    parallel.barrier()
+
+
+def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]:
+    """Take up a checkpoint: weights, optimizers, schedules and this process's random generators.
+
+    Returns:
+        the saved `TrainerState`, as a dict.
+
+    Raises:
+        FourscoreError: it lacks what resuming needs, or was written by another number of processes.
+    """
+    for name in (STATE, OPTIMIZERS, RNG):
+        if not (folder / name).is_file():
+            raise FourscoreError(
+                f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
+                "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
+            )
+    rng = torch.load(folder / RNG, weights_only=True, map_location="cpu")
+    if len(rng) != parallel.world_size:
+        raise FourscoreError(
+            f"--resume_from_checkpoint {folder}: written by {len(rng)} processes, this run has {parallel.world_size}: "
+            "resume with the same number, so that it goes on as it was."
+        )
+    for name, place in training.folders(folder).items():
+        load_weights(training.models[name], place, parallel)
+    saved = torch.load(folder / OPTIMIZERS, weights_only=True, map_location="cpu")
+    load_optimizer_states(saved["optimizers"], training.models, training.optimizers, parallel)
+    for name, schedule in training.schedules.items():
+        schedule.load_state_dict(saved["schedules"][name])
+    set_rng_state(rng[parallel.rank])
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 @contextmanager
