@@ -119,23 +119,25 @@ def train_lm(
     return float(trainer.evaluate()["eval_loss"])
 
 
-def policy_texts(work: Path, seed: int) -> list[str]:
-    """What the policy learns: reviews, sentences of their halves, variants of both, and the phrasebook's sentences.
+def policy_texts(work: Path, seed: int = 0) -> tuple[list[str], list[str]]:
+    """What the policy learns, and the same kinds of text that it never sees.
 
-    Nothing that equals a held-out review is among them.
+    The first are reviews, sentences of their halves, variants of both, and the phrasebook's sentences; the second
+    held-out reviews and phrasebook sentences, none of which is among the first.
     """
     reviews = [review.text for review in read_reviews(work, "train")]
-    unseen = {" ".join(words(review.text)) for review in read_reviews(work, "heldout")}
-    more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed)
-    more += sentences(PHRASEBOOK, seed)
-    return [text for text in more if " ".join(words(text)) not in unseen]
+    heldout = [review.text for review in read_reviews(work, "heldout")]
+    phrases = sentences(PHRASEBOOK, seed)
+    unseen = heldout + [text for text in phrases if is_heldout(text)]
+    unseen_keys = {" ".join(words(text)) for text in unseen}
+    more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed) + phrases
+    return [text for text in more if " ".join(words(text)) not in unseen_keys], unseen
 
 
 def build_policy(work: Path, *, epochs: float, seed: int = 0) -> dict[str, float]:
     """Trains ``work/policy`` from scratch; the tokenizer also sees the human snippets the reward model will read."""
     torch.manual_seed(seed)
-    train = policy_texts(work, seed)
-    heldout = [review.text for review in read_reviews(work, "heldout")]
+    train, heldout = policy_texts(work, seed)
     human = [row.text for row in human_texts(work) if not is_heldout(row.text)]
     tokenizer = train_tokenizer(train + human)
     model = new_policy(tokenizer)

@@ -18,13 +18,14 @@ from .sources import Rated, is_heldout, rated_snippets
 
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets")
 MIN_GAP = 1.0
-MAX_WORDS = 24
+MAX_WORDS, MAX_TRAIN_WORDS = 40, 18
 
 
 def split_snippets(work: Path, sources: tuple[str, ...]) -> tuple[list[Rated], list[Rated]]:
-    """Rated snippets of usual length as (train, held-out)."""
+    """Rated snippets as (short ones to train on, held-out ones of any usual length)."""
     rows = [r for r in rated_snippets(work) if r.source in sources and 2 <= len(r.text.split()) <= MAX_WORDS]
-    return [r for r in rows if not is_heldout(r.text)], [r for r in rows if is_heldout(r.text)]
+    train = [r for r in rows if not is_heldout(r.text) and len(r.text.split()) <= MAX_TRAIN_WORDS]
+    return train, [r for r in rows if is_heldout(r.text)]
 
 
 def make_pairs(rows: list[Rated], count: int, seed: int) -> Dataset:

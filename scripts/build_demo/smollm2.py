@@ -32,13 +32,12 @@ def write_reward(work: Path, out: Path, *, pairs: int = PAIRS, seed: int = 0) ->
     """Trains a score head and a LoRA on human-rated film pairs, merges it, writes ``out/reward``."""
     torch.manual_seed(seed)
     train, heldout = split_snippets(work, ("movieReviewSnippets",))
-    short = [row for row in train if len(row.text.split()) <= 20]
     model, tokenizer = load_scorer(out / "policy")
     model = add_lora(model, rank=16)
     train_reward(
         model,
         tokenizer,
-        make_pairs(short, pairs, seed),
+        make_pairs(train, pairs, seed),
         make_pairs(heldout, HELDOUT_PAIRS, seed + 1),
         out / "work",
         learning_rate=5e-4,

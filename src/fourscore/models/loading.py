@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from fourscore.config import ModelConfig, PPOConfig, get_kbit_device_map, get_peft_config, get_quantization_config
 from fourscore.errors import FourscoreError
@@ -68,6 +73,8 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
     for checkpoint in (sft, reward):
         ensure_safe_pad(checkpoint.config, tokenizer)
 
+    # Fresh adapters are drawn below: the same for the same seed, and on every process.
+    set_seed(training_args.seed)
     peft_config = get_peft_config(model_args)
     read_policy = _reader(sft, AutoModelForCausalLM, model_args)
     read_reward = _reader(reward, AutoModelForSequenceClassification, model_args)
