@@ -41,7 +41,7 @@ def run_corpus(args: argparse.Namespace) -> None:
 def run_sft(args: argparse.Namespace) -> None:
     """The policy, from scratch."""
     if not (args.work / "policy" / "model.safetensors").exists():
-        note(args.work, "sft", policy.build_policy(args.work, epochs=args.epochs))
+        note(args.work, "sft", policy.build_policy(args.work, epochs=args.epochs, start=args.start))
 
 
 def run_reward(args: argparse.Namespace) -> None:
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="stage smollm2: where its two checkpoints go")
     parser.add_argument("--minutes", type=float, default=30, help="stage corpus: how long SmolLM2 writes")
     parser.add_argument("--epochs", type=float, default=3, help="stage sft: epochs")
+    parser.add_argument("--start", type=Path, help="stage sft: a policy to train further instead of a new one")
     parser.add_argument("--pairs", type=int, default=24_000, help="stage reward: training pairs")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

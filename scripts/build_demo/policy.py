@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -120,30 +122,36 @@ def train_lm(
 
 
 def policy_texts(work: Path, seed: int = 0) -> tuple[list[str], list[str]]:
-    """What the policy learns, and the same kinds of text that it never sees.
+    """What the policy learns, and the held-out reviews that it never sees.
 
-    The first are reviews, sentences of their halves, variants of both, and the phrasebook's sentences; the second
-    held-out reviews and phrasebook sentences, none of which is among the first.
+    The first are reviews, sentences of their halves, variants of both, and the phrasebook's sentences.
     """
     reviews = [review.text for review in read_reviews(work, "train")]
     heldout = [review.text for review in read_reviews(work, "heldout")]
-    phrases = sentences(PHRASEBOOK, seed)
-    unseen = heldout + [text for text in phrases if is_heldout(text)]
-    unseen_keys = {" ".join(words(text)) for text in unseen}
-    more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed) + phrases
-    return [text for text in more if " ".join(words(text)) not in unseen_keys], unseen
+    unseen = {" ".join(words(text)) for text in heldout}
+    more = variants(reviews + recombine(reviews, RECOMBINED * len(reviews), seed), VARIANTS, seed)
+    more += sentences(PHRASEBOOK, seed)
+    return [text for text in more if " ".join(words(text)) not in unseen], heldout
 
 
-def build_policy(work: Path, *, epochs: float, seed: int = 0) -> dict[str, float]:
-    """Trains ``work/policy`` from scratch; the tokenizer also sees the human snippets the reward model will read."""
+def build_policy(work: Path, *, epochs: float, start: Path | None = None, seed: int = 0) -> dict[str, float]:
+    """Trains ``work/policy`` from scratch, or further from `start`, a policy of an earlier and smaller corpus.
+
+    The tokenizer also learns from the human snippets that the reward model will read.
+    """
     torch.manual_seed(seed)
     train, heldout = policy_texts(work, seed)
-    human = [row.text for row in human_texts(work) if not is_heldout(row.text)]
-    tokenizer = train_tokenizer(train + human)
-    model = new_policy(tokenizer)
+    if start is None:
+        human = [row.text for row in human_texts(work) if not is_heldout(row.text)]
+        tokenizer = train_tokenizer(train + human)
+        model = new_policy(tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     report: dict[str, float] = {"texts": len(train), "parameters": model.num_parameters()}
     print(report, flush=True)
-    loss = train_lm(model, tokenizer, train, heldout, work / "policy", epochs=epochs, learning_rate=2e-3, seed=seed)
+    rate = 2e-3 if start is None else 1.2e-3
+    loss = train_lm(model, tokenizer, train, heldout, work / "policy", epochs=epochs, learning_rate=rate, seed=seed)
     return report | {"held-out loss per token": loss}
 
 
@@ -151,10 +159,13 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: P
     """Writes a bf16 checkpoint with only the files a reader needs, replacing `target` at once."""
     staging, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     shutil.rmtree(staging, ignore_errors=True)
+    model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     for path in staging.iterdir():
-        if path.name not in KEEP_FILES:
+        if path.name in KEEP_FILES:
+            path.chmod(0o644)
+        else:
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -32,7 +32,7 @@ def neutral_starts(texts: list[str], taken: set[str], count: int, rng: random.Ra
 def build_prompts(work: Path, target: Path, seed: int = 0) -> dict[str, int]:
     """Writes ``prompts_train.jsonl`` and ``prompts_heldout.jsonl``; no held-out prompt is a training prompt.
 
-    Held-out prompts are cut from texts the policy never saw: held-out reviews, then held-out phrasebook sentences.
+    Held-out prompts are cut from the held-out reviews, which the policy never saw.
     """
     rng = random.Random(seed)
     train_texts, unseen = policy_texts(work, seed)

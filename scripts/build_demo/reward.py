@@ -66,7 +66,7 @@ def train_reward(
         max_steps=max_steps,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=30,
+        warmup_steps=50,
         weight_decay=0.05,
         center_rewards_coefficient=0.01,
         max_length=128,
@@ -142,7 +142,7 @@ def build_reward(work: Path, start: Path, out: Path, *, pairs: int, seed: int = 
         make_pairs(train, pairs, seed),
         make_pairs(heldout, 2000, seed + 1),
         out,
-        learning_rate=5e-4,
+        learning_rate=1.5e-3,
         seed=seed,
     )
     return {"training pairs": pairs, "training snippets": len(train), "accuracy of TRL's evaluation": accuracy}

@@ -127,8 +127,8 @@ class PPOTrainer:
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.control = TrainerControl()
         handlers = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
-        if self.parallel.is_main:
-            handlers.append(PPOProgress)
+        self.progress = PPOProgress()
+        handlers.append(self.progress)
         self.callback_handler = CallbackHandler(
             handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
         )
@@ -148,13 +148,27 @@ class PPOTrainer:
         Raises:
             FourscoreError: the output directory holds something else, or the checkpoint is not one of this run.
         """
-        args, state, parallel = self.args, self.state, self.parallel
         started = time.perf_counter()
         self._open_run(resume_from_checkpoint)
-        state = self.state
-        self.control = self.callback_handler.on_train_begin(args, state, self.control)
-        if args.eval_on_start:
-            self.evaluate()
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, TrainerControl())
+        try:
+            if self.args.eval_on_start:
+                self.evaluate()
+            metrics = self._updates(started)
+        finally:
+            self.progress.stop()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        seconds = time.perf_counter() - started
+        if self.parallel.is_main:
+            done = {"updates": self.state.global_step, "episodes": self.state.episode, "train_seconds": seconds}
+            write_json_atomic(Path(self.args.output_dir) / "summary.json", done | metrics)
+        self.parallel.barrier()
+        loss = metrics.get("loss/policy_avg", 0.0) + self.args.vf_coef * metrics.get("loss/value_avg", 0.0)
+        return TrainOutput(self.state.global_step, loss, metrics | {"train_runtime": seconds})
+
+    def _updates(self, started: float) -> dict[str, float]:
+        """The loop; returns the metrics of the last update."""
+        args, state, parallel = self.args, self.state, self.parallel
         metrics: dict[str, float] = {}
         while state.global_step < state.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
@@ -175,14 +189,7 @@ class PPOTrainer:
             metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
             metrics |= {"eps": state.episode / (time.perf_counter() - started), "episode": state.episode}
             self._record(experience, metrics)
-        seconds = time.perf_counter() - started
-        self.control = self.callback_handler.on_train_end(args, state, self.control)
-        if parallel.is_main:
-            summary = {"updates": state.global_step, "episodes": state.episode, "train_seconds": seconds} | metrics
-            write_json_atomic(Path(args.output_dir) / "summary.json", summary)
-        parallel.barrier()
-        loss = metrics.get("loss/policy_avg", 0.0) + args.vf_coef * metrics.get("loss/value_avg", 0.0)
-        return TrainOutput(state.global_step, loss, metrics | {"train_runtime": seconds})
+        return metrics
 
     @torch.no_grad()
     def _rollout(self, prompts: list[list[int]], temperature: float | None = None) -> Experience:
