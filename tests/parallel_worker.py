@@ -1,5 +1,6 @@
 """Trains tiny policies for two updates on fixed completions and writes the weights: run alone, or under a launcher."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def fixed_completions(policy, prompts, sampling, *, synced=False):
     )
 
 
-def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> None:
-    trainer_module.generate = fixed_completions
+def make_trainer(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> PPOTrainer:
     args = PPOConfig(
         output_dir=str(out),
         sft_model_path=sft,
@@ -37,14 +37,15 @@ def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> No
         max_steps=2,
         learning_rate=1e-3,
         response_length=8,
-        save_strategy="no",
+        save_steps=1,
         num_sample_generations=0,
         missing_eos_penalty=1.0,
         whiten_rewards=True,
         report_to="none",
+        disable_tqdm=True,
     )
     models = load_models(ModelConfig(use_peft=adapter), args)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         args=args,
         processing_class=models.tokenizer,
         model=models.policy,
@@ -54,9 +55,21 @@ def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> No
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}),
     )
+
+
+def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> None:
+    trainer_module.generate = fixed_completions
+    trainer = make_trainer(out, world_size, sft, reward, adapter)
     assert trainer.parallel.world_size == world_size
-    trainer.train()
+    result = trainer.train().metrics
     trainer.save_model()
+
+    # Weights, optimizers and schedules come back as they were: the second update is the same one again.
+    resumed = make_trainer(out, world_size, sft, reward, adapter)
+    again = resumed.train(resume_from_checkpoint=str(out / "checkpoint-1")).metrics
+    for name in ("objective/kl", "loss/policy_avg", "loss/value_avg", "policy/grad_norm", "value/grad_norm", "lr"):
+        assert math.isclose(again[name], result[name], rel_tol=1e-5, abs_tol=1e-7), (name, again[name], result[name])
+
     # For real this time: ranks that finish their completions at different steps must not leave each other waiting.
     trainer_module.generate = generate
     assert len(trainer.generate_completions()) == 3

@@ -11,6 +11,7 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
 
 from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, get_peft_config, load_models
+from fourscore.parallel import Parallel
 
 PROMPTS = ["the movie", "a film is", "this", "good acting and", "it was a plot", "so"]
 
@@ -279,3 +280,40 @@ def test_embedded_default_loads(tmp_path: Path) -> None:
     assert models.tokenizer.pad_token_id not in (None, models.tokenizer.eos_token_id)
     assert models.tokenizer.padding_side == "left"
     assert models.policy.config.vocab_size == models.reward_model.config.vocab_size
+
+
+def test_the_readme_example_runs(
+    llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert "total_episodes=20_000" in code
+    code = code.replace("total_episodes=20_000", "total_episodes=8, use_cpu=True")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft").symlink_to(llama_policy)
+    (tmp_path / "reward").symlink_to(llama_reward)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "adapter_model.safetensors").is_file()
+
+
+def test_bf16_autocast_keeps_the_first_ratio_near_one(tmp_path: Path) -> None:
+    # One optimizer step an update, so every ratio is taken before anything moved. Single logits near 20 are 0.125 apart
+    # in bf16, so it is the mean that can be held to a bound.
+    trainer = trainer_on(config(tmp_path, bf16=True, num_ppo_epochs=1, max_steps=1, response_length=3))
+    trainer.train()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["val/ratio"] == pytest.approx(1, abs=2e-2)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_only_what_trains_is_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Writing to frozen weights would copy pages that are mapped from the file.
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.data_ptr()))
+    model = make_model("llama", make_tokenizer())
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    two = Parallel(torch.device("cpu"), rank=0, world_size=2, sharded=False)
+    two.broadcast(model, frozen_too=False)
+    assert sent == [model.lm_head.weight.data_ptr()]
