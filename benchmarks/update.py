@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fourscore import demo
-from fourscore.cli import parse_ppo
 from fourscore.data import load_prompts
+from fourscore.flags import parse_ppo
 from fourscore.models.loading import load_models
 from fourscore.ppo.trainer import PPOTrainer
 from fourscore.runs.metrics import read_json_lines

@@ -62,7 +62,7 @@ def test_help_needs_no_torch():
 
 def test_help_is_up_to_date_and_fits():
     text = cli.render_help()
-    assert cli.HELP_FILE.read_text() == text, "run python -m fourscore.config_fields"
+    assert cli.HELP_FILE.read_text() == text, "run python -m fourscore.flag_docs"
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     columns = {

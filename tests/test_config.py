@@ -15,8 +15,9 @@ from fourscore.config import (
     get_peft_config,
     get_quantization_config,
 )
-from fourscore.config_fields import FIELDS, GROUPS, field_default, render_docs
+from fourscore.config_fields import FIELDS, GROUPS, field_default
 from fourscore.errors import FourscoreError
+from fourscore.flag_docs import render_docs
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = {field.name: field_default(field) for field in dataclasses.fields(PPOConfig)}
@@ -224,7 +225,7 @@ def test_table_lists_every_field_once():
 
 
 def test_docs_are_up_to_date():
-    assert (ROOT / "docs" / "config.md").read_text() == render_docs(), "run python -m fourscore.config_fields"
+    assert (ROOT / "docs" / "config.md").read_text() == render_docs(), "run python -m fourscore.flag_docs"
 
 
 def other_than(name):

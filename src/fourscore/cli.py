@@ -4,27 +4,18 @@ torch and transformers take seconds to import, so nothing here imports them befo
 is kept next to this file, and a typing error in the command name costs no wait.
 """
 
-import argparse
-import difflib
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import yaml
-
-from fourscore import __version__, demo
-from fourscore.config_fields import FIELDS, GROUPS, shown_default
+from fourscore import __version__
 from fourscore.errors import FourscoreError
+from fourscore.flags import HELP_FILE, closest, parse_ppo, render_help
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
-
-HELP_FILE = Path(__file__).with_name("help.txt")
-"""What `fourscore ppo --help` prints; written by `python -m fourscore.config_fields`, checked by a test."""
 
 _TOP_HELP = """\
 usage: fourscore COMMAND [flags]
@@ -38,103 +29,6 @@ commands:
   --version   print the version
   --help      print this; fourscore ppo --help lists its flags
 """
-
-_EXAMPLES = """\
---help-all lists the flags inherited from transformers.TrainingArguments, too.
-
-examples:
-  fourscore ppo
-  fourscore ppo --sft_model_path ./sft --reward_model_path ./reward --dataset_name prompts.jsonl
-  accelerate launch --num_processes 8 -m fourscore ppo --config run.yaml --use_peft
-"""
-
-_HELP_GROUPS: dict[str, tuple[str, ...]] = {
-    "Models": (
-        "sft_model_path",
-        "reward_model_path",
-        "model_name_or_path",
-        "model_revision",
-        "dtype",
-        "attn_implementation",
-        "trust_remote_code",
-        "allow_untrained_reward_head",
-    ),
-    "Data": (
-        "dataset_name",
-        "dataset_config",
-        "dataset_train_split",
-        "dataset_test_split",
-        "eval_dataset_name",
-        "prompt_column",
-        "dataset_num_proc",
-    ),
-    "Rollout": (
-        "response_length",
-        "temperature",
-        "stop_token",
-        "stop_token_id",
-        "missing_eos_penalty",
-        "max_prompt_length",
-        "max_prompt_length_action",
-        "local_rollout_forward_batch_size",
-    ),
-    "PPO": tuple(GROUPS["PPO"]),
-    "Optimisation": (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "total_episodes",
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "optim",
-        "weight_decay",
-        "max_grad_norm",
-        "bf16",
-        "gradient_checkpointing",
-    ),
-    "Run": (
-        "output_dir",
-        "config",
-        "resume_from_checkpoint",
-        "seed",
-        "save_steps",
-        "save_total_limit",
-        "save_only_model",
-        "eval_strategy",
-        "eval_steps",
-        "logging_steps",
-        "num_sample_generations",
-        "report_to",
-        "run_name",
-        "push_to_hub",
-        "hub_model_id",
-        "use_cpu",
-    ),
-    "PEFT and quantization": (
-        "use_peft",
-        "value_training",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_target_parameters",
-        "lora_modules_to_save",
-        "use_rslora",
-        "use_dora",
-        "model_adapter_name",
-        "ref_adapter_name",
-        "load_in_8bit",
-        "load_in_4bit",
-        "bnb_4bit_quant_type",
-        "use_bnb_nested_quant",
-        "bnb_4bit_quant_storage",
-    ),
-}
-
-_NO_BREAK = "\N{NO-BREAK SPACE}"
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,212 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "demo": _demo}
     try:
         if command not in commands:
-            raise FourscoreError(f"there is no command {command!r}{_closest(command, commands)}; see fourscore --help")
+            raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
         return commands[command](rest)
     except FourscoreError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-
-
-def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig]":
-    """Parse the flags of `fourscore ppo`, those of a `--config` file included; flags win over the file.
-
-    Without a file, a model or a dataset, the recipe that ships with fourscore is the file.
-
-    Raises:
-        FourscoreError: an unknown flag or key, a value that does not fit, or flags that do not fit together.
-    """
-    parser = _build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0]
-        if not word.startswith("-"):
-            raise FourscoreError(f"{word!r} belongs to no flag; see fourscore ppo --help")
-        flags = {flag for action in parser._actions for flag in action.option_strings}
-        raise FourscoreError(f"there is no flag {word.split('=')[0]}{_closest(word.split('=')[0], flags)}")
-
-    starting_points = ("model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name")
-    if given.config is None and all(getattr(given, name) is None for name in starting_points):
-        given.config = str(demo.RECIPE)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"No models and no prompts named: using those that ship with fourscore ({demo.RECIPE.name}).")
-    if given.config is not None:
-        parser.set_defaults(**_read_config(Path(given.config), parser))
-        given = parser.parse_args(argv)
-    _check_together(given)
-    try:
-        script_args, training_args, model_args, *_ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except FourscoreError:
-        raise
-    except (ValueError, OSError) as error:  # what transformers.TrainingArguments raises for bad values
-        raise FourscoreError(str(error)) from error
-    return script_args, training_args, model_args
-
-
-def render_help(all_flags: bool = False) -> str:
-    """The help of `fourscore ppo`, 100 columns wide.
-
-    Args:
-        all_flags: list inherited flags too, under the headings of `docs/config.md`.
-    """
-    actions: dict[str, argparse.Action] = {}
-    for action in _build_parser()._actions:
-        actions.setdefault(action.dest, action)
-    groups = dict(_HELP_GROUPS)
-    if all_flags:
-        shown = {name for names in groups.values() for name in names}
-        for title, notes in GROUPS.items():
-            rest = tuple(name for name in notes if name not in shown)
-            if rest:
-                groups[f"{title}: more" if title in groups else title] = rest
-        others = tuple(name for name in actions if name not in shown and name not in FIELDS)
-        groups["Models and data: more"] = others
-
-    formatter = _HelpFormatter("fourscore ppo")
-    formatter.add_text("usage: fourscore ppo [--config FILE] [flags]")
-    formatter.add_text("Train a policy with PPO. Every flag can be a key of the --config file; flags win.")
-    for title, names in groups.items():
-        formatter.start_section(title)
-        formatter.add_arguments([_for_display(actions[name]) for name in names])
-        formatter.end_section()
-    return f"{formatter.format_help().replace(_NO_BREAK, ' ')}\n{_EXAMPLES}"
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's layout, with each flag in one spelling and one line where it can be."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=40, width=100)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return f"{action.option_strings[0]} {action.metavar or ''}".rstrip()
-
-
-def _for_display(action: argparse.Action) -> argparse.Action:
-    """A copy of a parser's action whose help ends with its choices and default."""
-    note = FIELDS.get(action.dest)
-    help_string = str(action.help) if note is None else note.help.replace("%", "%%")
-    choices = [str(choice) for choice in action.choices or () if choice is not None]
-    facts = [", ".join(choices)] if 0 < len(choices) <= 6 else []
-    default = shown_default(action.dest, action.default)
-    if default is not None and "(default: " not in help_string:
-        facts.append(f"default:{_NO_BREAK}{default}".replace("%", "%%"))
-    if facts:
-        help_string = f"{help_string.removesuffix('.')} ({'; '.join(facts)})."
-    help_string = help_string.replace("(default: ", f"(default:{_NO_BREAK}")
-    flag = action.nargs == "?"
-    if flag:
-        metavar = "[BOOL]"
-    elif choices:
-        metavar = "NAME"
-    else:
-        metavar = (
-            "BOOL" if getattr(action.type, "__name__", "") == "string_to_bool" else _METAVARS.get(action.type, "TEXT")
-        )
-        metavar = f"{metavar} ..." if action.nargs == "+" else metavar
-    return argparse.Action(action.option_strings, action.dest, help=help_string, metavar=metavar)
-
-
-def _build_parser() -> Any:
-    from transformers import HfArgumentParser
-
-    from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
-
-    class Parser(HfArgumentParser):
-        """Raises where argparse prints the usage, which has all 170 flags in it, and exits."""
-
-        def error(self, message: str) -> Any:
-            raise FourscoreError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
-
-    parser = Parser((ScriptArguments, PPOConfig, ModelConfig), prog="fourscore ppo", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of flags.")
-    for action in parser._actions:
-        if action.dest in ("logging_strategy", "eval_strategy", "save_strategy"):
-            action.choices = ("no", "steps")
-    return parser
-
-
-def _read_config(path: Path, parser: Any) -> dict[str, Any]:
-    """The flags in a YAML file, converted and checked as if they had been typed."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FourscoreError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FourscoreError(f"--config {path}: is not YAML ({error})") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise FourscoreError(f"--config {path}: must be a mapping of flags to values")
-    actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:
-        if action.dest != "config":
-            actions.setdefault(action.dest, action)
-    for key in values:
-        if key not in actions:
-            raise FourscoreError(f"--config {path}: there is no flag {key}{_closest(str(key), actions)}")
-    # A run's config.yaml has both names of these settings; without the newer one, a flag with the older one can win.
-    for old, new in (
-        ("gradient_checkpointing", "activation_checkpointing"),
-        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-    ):
-        if old in values and values.get(new) == values[old]:
-            values.pop(new)
-    return {key: _convert(actions[key], value, path) for key, value in values.items()}
-
-
-def _convert(action: argparse.Action, value: Any, path: Path) -> Any:
-    """One value of a configuration file, as argparse would make it of its text."""
-    if value is None and action.default is not None and action.dest not in ("stop_token", "dtype"):
-        raise FourscoreError(f"--config {path}: {action.dest} has no value")
-    if value is None or isinstance(value, dict):
-        return value
-    if isinstance(value, list):
-        if action.nargs != "+" and action.dest != "report_to":
-            raise FourscoreError(f"--config {path}: {action.dest} takes one value, not a list")
-        return [_convert_one(action, item, path) for item in value]
-    converted = _convert_one(action, value, path)
-    return [converted] if action.nargs == "+" else converted
-
-
-def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
-    convert = action.type if callable(action.type) else str
-    try:
-        converted = convert(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
-        kind = kinds.get(convert, "true or false")
-        raise FourscoreError(f"--config {path}: {action.dest}: {value!r} is not {kind}") from error
-    if action.choices is not None and converted not in action.choices:
-        choices = ", ".join(str(choice) for choice in action.choices)
-        raise FourscoreError(f"--config {path}: {action.dest}: {value!r} is not one of {choices}")
-    return converted
-
-
-def _check_together(given: argparse.Namespace) -> None:
-    """Refuse flags that leave open which models or prompts are meant: the shipped ones go with each other only."""
-    missing = [name for name in ("sft_model_path", "reward_model_path") if getattr(given, name) is None]
-    shipped = (None, str(demo.POLICY), str(demo.REWARD))
-    named = [
-        name
-        for name in ("model_name_or_path", "sft_model_path", "reward_model_path")
-        if getattr(given, name) not in shipped
-    ]
-    if named and missing:
-        flags = " and ".join(f"--{name}" for name in missing)
-        why = "--model_name_or_path names the tokenizer only" if len(missing) == 2 else f"--{named[-1]} is named"
-        raise FourscoreError(f"{flags} must be named too: {why}")
-    if named and given.dataset_name is None:
-        raise FourscoreError("--dataset_name must be named too: the prompts for your models")
-    if (given.load_in_4bit or given.load_in_8bit) and not given.use_peft:
-        bits = "4" if given.load_in_4bit else "8"
-        raise FourscoreError(f"--load_in_{bits}bit: quantized weights cannot train, add --use_peft")
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    """`: did you mean X?` for the name nearest to `word`, or nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {matches[0]}?" if matches else ""
 
 
 def _demo(argv: list[str]) -> int:

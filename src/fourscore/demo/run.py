@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fourscore import demo
-from fourscore.cli import parse_ppo
 from fourscore.data import load_prompts
 from fourscore.demo.evaluate import Measures, measure
 from fourscore.errors import FourscoreError
+from fourscore.flags import parse_ppo
 from fourscore.models.loading import load_models
 from fourscore.ppo.trainer import PPOTrainer
 from fourscore.runs import directory
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="one run each; twice: compared")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     flags, rest = parser.parse_known_args(argv)
+    if find_spec("vaderSentiment") is None:
+        raise FourscoreError("fourscore demo needs its judge: pip install 'fourscore[demo]'.")
     console = Console()
     runs: dict[int, Path] = {}
     reached = True
