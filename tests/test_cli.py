@@ -13,6 +13,7 @@ from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
 from fourscore.config_fields import FIELDS
 from fourscore.errors import FourscoreError
 from fourscore.runs.directory import write_config
+from fourscore.runs.logs import set_up_logging
 
 MODELS = ["--sft_model_path", "sft", "--reward_model_path", "reward", "--dataset_name", "prompts.jsonl"]
 
@@ -240,7 +241,7 @@ def test_resume_flag(flag, resume):
 def test_log_level(flags, ours, theirs):
     before = transformers_logging.get_verbosity()
     try:
-        cli._set_up_logging(cli.parse_ppo([*MODELS, "--use_cpu", *flags])[1])
+        set_up_logging(cli.parse_ppo([*MODELS, "--use_cpu", *flags])[1])
         assert logging.getLogger("fourscore").level == ours
         assert transformers_logging.get_verbosity() == (before if theirs is None else theirs)
     finally:

@@ -32,16 +32,15 @@ def note(work: Path, stage: str, figures: dict) -> None:
 
 
 def run_corpus(args: argparse.Namespace) -> None:
-    """SmolLM2 writes reviews for ``--minutes``, then the clean and balanced ones are kept."""
-    if args.minutes > 0:
-        corpus.write_raw(args.work, args.minutes)
+    """SmolLM2 writes ``--rounds`` rounds of reviews, then the clean and balanced ones are kept."""
+    corpus.write_raw(args.work, args.rounds)
     note(args.work, "corpus", clean.clean(args.work))
 
 
 def run_sft(args: argparse.Namespace) -> None:
     """The policy, from scratch."""
     if not (args.work / "policy" / "model.safetensors").exists():
-        note(args.work, "sft", policy.build_policy(args.work, epochs=args.epochs, start=args.start))
+        note(args.work, "sft", policy.build_policy(args.work, epochs=args.epochs, start=args.start, seed=args.seed))
 
 
 def run_reward(args: argparse.Namespace) -> None:
@@ -90,10 +89,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads and what is made on the way")
     parser.add_argument("--target", type=Path, default=DEMO, help="where checkpoints and prompts go")
     parser.add_argument("--out", type=Path, help="stage smollm2: where its two checkpoints go")
-    parser.add_argument("--minutes", type=float, default=30, help="stage corpus: how long SmolLM2 writes")
-    parser.add_argument("--epochs", type=float, default=3, help="stage sft: epochs")
+    parser.add_argument("--rounds", type=int, default=4, help="stage corpus: rounds that SmolLM2 writes")
+    parser.add_argument("--epochs", type=float, default=6, help="stage sft: epochs")
     parser.add_argument("--start", type=Path, help="stage sft: a policy to train further instead of a new one")
-    parser.add_argument("--pairs", type=int, default=24_000, help="stage reward: training pairs")
+    parser.add_argument("--pairs", type=int, default=14_000, help="stage reward: training pairs")
+    parser.add_argument("--seed", type=int, default=0, help="stage sft: of variants, order and weights")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -51,21 +51,22 @@ def everyday_vocab(tokenizer: PreTrainedTokenizerBase, texts: list[str], stop: s
     return torch.tensor(sorted(kept))
 
 
-def write_raw(work: Path, minutes: float, seed: int = 0) -> Path:
-    """Appends rounds of sampled reviews to ``raw.jsonl`` until `minutes` of writing are spent; resumes by round."""
+def write_raw(work: Path, rounds: int, seed: int = 0) -> Path:
+    """Appends sampled reviews to ``raw.jsonl`` until it holds `rounds` rounds; a round cut off stays as it is."""
     path = work / "corpus" / "raw.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     if path.exists():
         with path.open() as lines:
             done = 1 + max((json.loads(line)["round"] for line in lines), default=-1)
+    if done >= rounds:
+        return path
     model, tokenizer = load_smollm2(work)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     stop = {*newline, tokenizer.eos_token_id}
     texts = [r.text for r in rated_snippets(work) if r.source in ("movieReviewSnippets", "amazonReviewSnippets")]
     sampler = SharedPrefixSampler(model, everyday_vocab(tokenizer, texts, stop), BATCH, MAX_TOKENS)
-    begun = time.time()
-    while time.time() - begun < minutes * 60:
+    while done < rounds:
         rng = random.Random(seed * 100_003 + done)
         generator = torch.Generator().manual_seed(seed * 100_003 + done)
         kind = KINDS[done % len(KINDS)]

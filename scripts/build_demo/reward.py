@@ -115,10 +115,16 @@ def pair_accuracy(found: torch.Tensor, rows: list[Rated], count: int, seed: int)
     return right / total
 
 
-def add_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """`model` with a LoRA on every linear layer and its score head trained in full."""
+def add_lora(model: PreTrainedModel, rank: int, layers: int) -> PreTrainedModel:
+    """`model` with a LoRA on the linear layers of its last `layers` layers and its score head trained in full."""
+    depth = model.config.num_hidden_layers
     lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        layers_to_transform=list(range(depth - layers, depth)),
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
     )
     return get_peft_model(model, lora)
 

@@ -16,7 +16,8 @@ from .reward import (
 from .sources import load_smollm2
 
 PAD = "<empty_output>"  # an unused special token inside the embedding, so padding is not EOS
-PAIRS, HELDOUT_PAIRS = 1600, 200
+PAIRS, HELDOUT_PAIRS, HELDOUT_TEXTS = 800, 100, 200
+RANK, LAYERS = 16, 10
 
 
 def write_policy(work: Path, out: Path) -> None:
@@ -33,7 +34,7 @@ def write_reward(work: Path, out: Path, *, pairs: int = PAIRS, seed: int = 0) ->
     torch.manual_seed(seed)
     train, heldout = split_snippets(work, ("movieReviewSnippets",))
     model, tokenizer = load_scorer(out / "policy")
-    model = add_lora(model, rank=16)
+    model = add_lora(model, RANK, LAYERS)
     train_reward(
         model,
         tokenizer,
@@ -47,6 +48,6 @@ def write_reward(work: Path, out: Path, *, pairs: int = PAIRS, seed: int = 0) ->
     merged = model.merge_and_unload()
     merged.save_pretrained(out / "reward")
     tokenizer.save_pretrained(out / "reward")
-    sample = heldout[:300]
+    sample = heldout[:HELDOUT_TEXTS]
     accuracy = pair_accuracy(scores(merged, tokenizer, [r.text for r in sample], batch=32), sample, 2000, seed)
     return {"pairs": pairs, "held-out pair accuracy": accuracy}

@@ -4,7 +4,6 @@ torch and transformers take seconds to import, so nothing here imports them befo
 is kept next to this file, and a typing error in the command name costs no wait.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -91,8 +90,9 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     from fourscore.models.loading import load_models
     from fourscore.ppo.trainer import PPOTrainer
     from fourscore.runs import directory
+    from fourscore.runs.logs import set_up_logging
 
-    _set_up_logging(training_args)
+    set_up_logging(training_args)
     resume = _resume(training_args.resume_from_checkpoint)
     # Every process looks before any of them can write there, so that all of them stop in the same way.
     directory.check(str(training_args.output_dir), resume)
@@ -114,24 +114,6 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def _set_up_logging(training_args: "PPOConfig") -> None:
-    """Apply `log_level`; left at passive, fourscore's own messages are shown and transformers' level stays.
-
-    Bars for loading and writing files are for terminals only, as the one of the run is.
-    """
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    logging.basicConfig(format="%(message)s")
-    level = training_args.get_process_log_level()
-    transformers_logging.set_verbosity(level)
-    if training_args.disable_tqdm or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        disable_progress_bars()
-    passive = training_args.log_level == "passive" and training_args.process_index == 0
-    logging.getLogger("fourscore").setLevel(logging.INFO if passive else level)
 
 
 def _resume(flag: str | None) -> str | bool | None:

@@ -19,6 +19,7 @@ from fourscore.flags import parse_ppo
 from fourscore.models.loading import load_models
 from fourscore.ppo.trainer import PPOTrainer
 from fourscore.runs import directory
+from fourscore.runs.logs import set_up_logging
 from fourscore.runs.metrics import JsonLines, read_json_lines, write_json_atomic
 
 SHOWN = 10
@@ -78,6 +79,7 @@ def run(seed: int, folder: Path, flags: list[str], console: Console) -> dict[str
     script_args, args, model_args = parse_ppo(argv)
     if args.resume_from_checkpoint:
         raise FourscoreError("fourscore demo does not resume: `fourscore ppo --resume_from_checkpoint true` does.")
+    set_up_logging(args)
     directory.check(folder, None)
     models = load_models(model_args, args)
     train, _ = load_prompts(script_args, args, models.tokenizer)

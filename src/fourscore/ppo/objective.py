@@ -30,7 +30,8 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
         e.completion_lens.sum(),
         torch.tensor(len(e), device=e.kl.device),
     ]
-    totals = parallel.sum(torch.stack([t.double() for t in sums])).tolist()
+    wide = torch.float32 if e.kl.device.type == "mps" else torch.float64  # MPS has no float64
+    totals = parallel.sum(torch.stack([t.to(wide) for t in sums])).tolist()
     kl, surprisal, scores, ended, prompt, completion, n = totals
     shaping = -kl_coef * kl / n
     return {

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from fourscore.errors import FourscoreError
+
 
 def build_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
     """The optimizer that `--optim` names over what trains in `model`; vectors (biases, norms) do not decay.
@@ -13,8 +15,14 @@ def build_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
     Args:
         model: policy or value model, on its device, sharded already if it is to be.
         args: `PPOConfig`.
+
+    Raises:
+        FourscoreError: its package is missing.
     """
-    cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ValueError, ImportError) as error:  # a package that is not installed, say
+        raise FourscoreError(f"--optim {args.optim.value}: {error}") from error
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},

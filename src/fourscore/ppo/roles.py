@@ -76,6 +76,13 @@ def prepare_roles(
     if peft_config is not None:
         policy = add_policy_adapter(policy, peft_config)
     under_peft = isinstance(policy, PeftModel)
+    if under_peft and args.model_adapter_name is not None:
+        if args.model_adapter_name not in policy.peft_config:
+            raise FourscoreError(
+                f"--model_adapter_name {args.model_adapter_name}: the policy has no such adapter, only "
+                f"{', '.join(policy.peft_config)}"
+            )
+        policy.set_adapter(args.model_adapter_name)
     if quantized and not under_peft:
         raise FourscoreError(
             "quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit."
@@ -101,7 +108,7 @@ def prepare_roles(
     autocast_dtype = _autocast_dtype(args, policy, value_model)
     if args.gradient_checkpointing:
         for model in (policy, value_model):
-            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False} | (args.gradient_checkpointing_kwargs or {}))
     _place(args, [policy, value_model, reward_model, ref_policy], parallel, autocast_dtype)
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if autocast_dtype is not None:
@@ -151,6 +158,8 @@ def _autocast_dtype(args: Any, policy: nn.Module, value_model: nn.Module) -> tor
 def _place(args: Any, models: list[Any], parallel: Parallel, autocast_dtype: torch.dtype | None) -> None:
     """Onto the device, equal on every process, sharded if asked for."""
     present = [m for m in models if m is not None]
+    if parallel.sharded and any(getattr(m, "is_loaded_in_8bit", False) for m in present):
+        raise FourscoreError("FSDP cannot shard 8-bit weights: leave out --load_in_8bit or --fsdp.")
     for model in present:
         if not getattr(model, "is_quantized", False):
             model.to(parallel.device)

@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, tokenize_prompts
 from fourscore.errors import FourscoreError
@@ -109,9 +109,7 @@ class PPOTrainer:
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
 
         # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
-        set_seed(args.seed)
-        if args.full_determinism:
-            torch.use_deterministic_algorithms(True)
+        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
         if overridden := overridden_settings(model):
             logger.warning(
                 "the policy's generation config is not used for rollouts, which need plain sampling: %s", overridden
@@ -126,9 +124,8 @@ class PPOTrainer:
         self.stop_ids = self._stop_ids()
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.control = TrainerControl()
-        handlers = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
         self.progress = PPOProgress()
-        handlers.append(self.progress)
+        handlers = [DefaultFlowCallback, *self._trackers(), *(callbacks or []), self.progress]
         self.callback_handler = CallbackHandler(
             handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
         )
@@ -170,6 +167,7 @@ class PPOTrainer:
         """The loop; returns the metrics of the last update."""
         args, state, parallel = self.args, self.state, self.parallel
         metrics: dict[str, float] = {}
+        earlier = state.episode  # what a resumed run had done before
         while state.global_step < state.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
             clock = _Clock()
@@ -187,7 +185,7 @@ class PPOTrainer:
             state.epoch = state.episode / len(self.train_dataset)
             metrics = objective_metrics(experience, args.kl_coef, parallel) | metrics | clock.laps
             metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
-            metrics |= {"eps": state.episode / (time.perf_counter() - started), "episode": state.episode}
+            metrics |= {"eps": (state.episode - earlier) / (time.perf_counter() - started), "episode": state.episode}
             self._record(experience, metrics)
         return metrics
 
@@ -336,7 +334,7 @@ class PPOTrainer:
         share = -(-total // parallel.world_size)
         mine = [i % total for i in range(parallel.rank * share, (parallel.rank + 1) * share)]
         rows: list[dict[str, Any]] = []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([parallel.device] if parallel.device.type == "cuda" else []):
             torch.manual_seed(args.seed + parallel.rank)
             for start in range(0, share, args.per_device_eval_batch_size):
                 indices = mine[start : start + args.per_device_eval_batch_size]
@@ -396,7 +394,7 @@ class PPOTrainer:
         checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
         if self.parallel.is_main:
             self._tokenizer_to_save().save_pretrained(folder)
-            last = self.state.log_history[-1] if self.state.log_history else {}
+            last = next((row for row in reversed(self.state.log_history) if "objective/scores" in row), {})
             (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
         self.parallel.barrier()
 
@@ -558,6 +556,13 @@ class PPOTrainer:
             num_proc=args.dataset_num_proc,
         )
 
+    def _trackers(self) -> list[TrainerCallback]:
+        """The callbacks that `--report_to` names."""
+        try:
+            return [tracker() for tracker in get_reporting_integration_callbacks(self.args.report_to)]
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise FourscoreError(f"--report_to {self.args.report_to}: {error}") from error
+
     def _stop_ids(self) -> tuple[int, ...]:
         args, eos = self.args, self.processing_class.eos_token_id
         if args.stop_token_id is not None:
@@ -572,6 +577,13 @@ class PPOTrainer:
         """An optimizer and a schedule for each role that trains, or the user's one for both."""
         optimizer, schedule = given
         if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, model in self.roles.trained.items():
+                if not any(id(p) in held for p in model.parameters() if p.requires_grad):
+                    raise FourscoreError(
+                        f"optimizers: the optimizer holds nothing that trains in the {name} model; the trainer makes "
+                        "adapters, fp32 copies and shards, so leave the optimizer out and set --optim."
+                    )
             optimizers = {"policy": optimizer}
         else:
             optimizers = {name: build_optimizer(model, self.args) for name, model in self.roles.trained.items()}

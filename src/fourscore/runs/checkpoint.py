@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fourscore.errors import FourscoreError
 from fourscore.parallel import Parallel
+from fourscore.runs import directory
 
 OPTIMIZERS = "optimizers.pt"
 RNG = "rng.pt"
@@ -66,7 +67,7 @@ def save(
     Raises:
         FourscoreError: it could not be written.
     """
-    optimizers = optimizer_states(training.models, training.optimizers, parallel)
+    optimizers = {} if weights_only else optimizer_states(training.models, training.optimizers, parallel)
     rng = parallel.gather([rng_state()])
     with written_whole(folder, parallel) as draft:
         for name, place in training.folders(draft).items():
@@ -164,13 +165,16 @@ def save_weights(model: Any, folder: Path, parallel: Parallel) -> None:
 def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
     """Read back what `save_weights` wrote, into the role's own parameters."""
     if isinstance(model, PeftModel):
-        saved = load_peft_weights(str(folder), device="cpu")
+        # PEFT writes an adapter of another name than "default" into a folder of that name.
+        adapter = model.active_adapter
+        saved = load_peft_weights(str(folder if adapter == "default" else folder / adapter), device="cpu")
         if not parallel.sharded:
-            set_peft_model_state_dict(model, saved)
+            set_peft_model_state_dict(model, saved, adapter_name=adapter)
             return
         # PEFT's files leave the adapter's name out of the keys; tagging each parameter tells which key is which.
         names = [n for n, p in model.named_parameters() if p.requires_grad]
-        keys = get_peft_model_state_dict(model, state_dict={n: torch.tensor(i) for i, n in enumerate(names)})
+        tags = {n: torch.tensor(i) for i, n in enumerate(names)}
+        keys = get_peft_model_state_dict(model, state_dict=tags, adapter_name=adapter)
         weights = {names[int(tag)]: saved[key] for key, tag in keys.items()}
     else:
         weights = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -229,6 +233,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def prune(folder: Path, limit: int | None) -> None:
     """Delete the oldest checkpoints until `limit` are left; None or 0 keeps all."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for old in found[: -limit or None] if limit else []:
+    for old in directory.checkpoints(folder)[:-limit] if limit else []:
         shutil.rmtree(old)

@@ -32,7 +32,7 @@ _SECRETS = ("hub_token", "push_to_hub_token")
 _OF_ONE_START = ("local_rank", "resume_from_checkpoint")
 
 
-def check(path: str | Path, resume: str | bool | None) -> None:
+def check(path: str | Path, resume: str | Path | bool | None) -> None:
     """Refuse an output directory that a new run would write over, or in which there is nothing to resume.
 
     Call it on one process, or on all before any of them writes. It changes nothing on disk.
@@ -50,10 +50,12 @@ def check(path: str | Path, resume: str | bool | None) -> None:
     if path.exists() and not path.is_dir():
         raise FourscoreError(f"--output_dir {path} is a file")
     entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if entries == [SAMPLES]:  # generate_completions() before train(): what the untrained policy writes
+        entries = []
 
-    if isinstance(resume, str):
+    if isinstance(resume, str | Path):
         if not Path(resume).is_dir():
-            there = ", ".join(str(found) for _, found in _checkpoints(path)) or "none"
+            there = ", ".join(str(found) for found in checkpoints(path)) or "none"
             raise FourscoreError(
                 f"--resume_from_checkpoint {resume}: no such checkpoint; checkpoints in {path}: {there}"
             )
@@ -73,8 +75,16 @@ def check(path: str | Path, resume: str | bool | None) -> None:
 
 def last_checkpoint(path: str | Path) -> Path | None:
     """The complete checkpoint of the latest update in a run directory, or None."""
-    found = _checkpoints(Path(path))
-    return found[-1][1] if found else None
+    found = checkpoints(Path(path))
+    return found[-1] if found else None
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The complete checkpoints in a run directory, the earliest first."""
+    if not path.is_dir():
+        return []
+    matches = [(_CHECKPOINT.fullmatch(entry.name), entry) for entry in path.iterdir() if entry.is_dir()]
+    return [entry for _, entry in sorted((int(match[1]), entry) for match, entry in matches if match is not None)]
 
 
 def write_config(path: str | Path, *configs: Any) -> None:
@@ -107,14 +117,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _checkpoints(path: Path) -> list[tuple[int, Path]]:
-    """Checkpoints in `path` with their updates, the earliest first."""
-    if not path.is_dir():
-        return []
-    matches = [(_CHECKPOINT.fullmatch(entry.name), entry) for entry in path.iterdir() if entry.is_dir()]
-    return sorted((int(match[1]), entry) for match, entry in matches if match is not None)
 
 
 def _is_run(path: Path) -> bool:
