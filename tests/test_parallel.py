@@ -39,8 +39,8 @@ def alone(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize(
     "launcher",
     [
-        "torchrun --nproc_per_node 2 --master_port 29711",
-        "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 29712",
+        "torchrun --standalone --nproc_per_node 2",
+        "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0",
     ],
     ids=["ddp", "fsdp2"],
 )

@@ -317,3 +317,30 @@ def test_only_what_trains_is_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Parallel(torch.device("cpu"), rank=0, world_size=2, sharded=False)
     two.broadcast(model, frozen_too=False)
     assert sent == [model.lm_head.weight.data_ptr()]
+
+
+def test_a_contradictory_generation_config_does_not_cost_the_run(tmp_path: Path) -> None:
+    policy = make_model("llama", make_tokenizer())
+    policy.generation_config.do_sample, policy.generation_config.temperature = False, 0.6
+    trainer = trainer_on(config(tmp_path, max_steps=1), model=policy)
+    trainer.train()
+    trainer.save_model()
+
+
+def test_what_does_not_fit_the_positions_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    parts = {
+        "model": make_model("gpt2", tokenizer, n_positions=8),
+        "reward_model": make_model("gpt2", tokenizer, "reward", seed=1),
+        "value_model": make_model("gpt2", tokenizer, "reward", seed=1),
+    }
+    with pytest.raises(FourscoreError, match="--response_length 6"):
+        trainer_on(config(tmp_path), **parts)
+    with pytest.raises(FourscoreError, match="--stop_token_id 100000"):
+        trainer_on(config(tmp_path, stop_token_id=100_000))
+
+
+def test_a_flag_wins_over_a_recorded_configuration(tmp_path: Path) -> None:
+    trainer = trainer_on(config(tmp_path, max_steps=-1, num_train_epochs=2))
+    trainer.train()
+    assert "total_episodes" not in yaml.safe_load((tmp_path / "config.yaml").read_text())

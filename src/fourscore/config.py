@@ -205,6 +205,7 @@ class PPOConfig(TrainingArguments):
     output_dir: str | None = _flag("output_dir", None)
     learning_rate: float = _flag("learning_rate", 3e-6)
     logging_steps: float = _flag("logging_steps", 1)
+    eval_steps: float | None = _flag("eval_steps", 10)
     push_to_hub: bool = _flag("push_to_hub", False)
     bf16: bool | None = _flag("bf16", None, nargs="?", const=True)
     ds3_gather_for_generation: bool = _flag("ds3_gather_for_generation", True)
@@ -221,6 +222,9 @@ class PPOConfig(TrainingArguments):
         aliases=["--no_gradient_checkpointing", "--no-gradient-checkpointing"],
     )
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = _flag("gradient_checkpointing_kwargs", None)
+
+    # Whether total_episodes follows from other fields: a saved configuration then leaves it to them.
+    episodes_derived = False
 
     def __post_init__(self) -> None:
         """Check the values and put in those that depend on the machine."""
@@ -285,9 +289,11 @@ class PPOConfig(TrainingArguments):
         if self.max_steps > 0:
             self.num_total_batches = self.max_steps
             self.total_episodes = self.max_steps * self.batch_size
+            self.episodes_derived = True
             return
         if self.total_episodes is None:
             self.total_episodes = int(self.num_train_epochs * num_prompts)
+            self.episodes_derived = True
         if self.total_episodes < 1:
             raise FourscoreError(
                 f"--num_train_epochs {self.num_train_epochs} of {num_prompts} prompts is not one sample: raise it"

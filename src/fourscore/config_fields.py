@@ -204,7 +204,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "epoch is refused: use steps. Rules report_to and the console; metrics.jsonl has a line for every update.",
         ),
         "logging_steps": _changed(
-            "Updates between reports.", "Default: 1 (TRL: 10). metrics.jsonl has a line for every update."
+            "Updates between reports.", "Default: 1. metrics.jsonl has a line for every update in any case."
         ),
         "logging_first_step": _honoured("Report the first update too."),
         "report_to": _honoured("Tracker, such as trackio, wandb or tensorboard."),
@@ -234,8 +234,8 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "No memory metrics.", "Accepted, has no effect: memory/peak_gib is always logged."
         ),
         "num_sample_generations": _honoured("Times in a run that samples are written down; 0: never."),
-        "eval_strategy": _changed("When to evaluate.", "epoch is refused: use steps."),
-        "eval_steps": _honoured("Updates between evaluations (default: logging_steps)."),
+        "eval_strategy": _changed("When to evaluate.", "TRL's PPO never evaluates. epoch is refused: use steps."),
+        "eval_steps": _changed("Updates between evaluations.", "Default: 10, not logging_steps."),
         "eval_delay": _honoured("Updates before the first evaluation."),
         "eval_on_start": _honoured("Evaluate before the first update."),
         "eval_accumulation_steps": _changed("Moves predictions to the CPU.", "Accepted, has no effect."),

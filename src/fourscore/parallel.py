@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourscore.errors import FourscoreError
+from fourscore.models.forward import score_head
 
 
 @dataclass
@@ -39,13 +40,11 @@ class Parallel:
             args: `PPOConfig`; its `device` property starts the process group.
 
         Raises:
-            FourscoreError: FSDP version 1 is asked for, or FSDP with a single process.
+            FourscoreError: FSDP with a single process.
         """
         device = args.device
         sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
-            raise FourscoreError("FSDP version 1 is not supported: launch with --fsdp_version 2.")
         if sharded and world_size == 1:
             raise FourscoreError(
                 "--fsdp needs more than one process: start with `accelerate launch --num_processes N`, or leave it out."
@@ -103,6 +102,8 @@ class Parallel:
     def shard(self, model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         """Shard a model in place with FSDP2: a group for each transformer layer, one for the rest.
 
+        A score head is a group of its own in its own dtype, because values are fp32 whatever autocast says.
+
         Under PEFT the base model is sharded with its adapters inside, so that `generate` and adapter switches, which
         call the base directly, find it as the root.
 
@@ -129,13 +130,20 @@ class Parallel:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=autocast_dtype, reduce_dtype=torch.float32)
         for layer in layers:
             fully_shard(layer, **options)
+        if hasattr(base, "score"):
+            fully_shard(score_head(model), mesh=options["mesh"], reshard_after_forward=True)
         fully_shard(base, **options)
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add up gradients over processes; FSDP2 has done so in its backward."""
         if self.world_size == 1 or self.sharded:
             return
-        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        pending = []
+        for parameter in parameters:
+            # An expert, say, that only the samples of other processes have met: all must take part.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            pending.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in pending:
             work.wait()
 

@@ -76,8 +76,9 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
     # Fresh adapters are drawn below: the same for the same seed, and on every process.
     set_seed(training_args.seed)
     peft_config = get_peft_config(model_args)
-    read_policy = _reader(sft, AutoModelForCausalLM, model_args)
-    read_reward = _reader(reward, AutoModelForSequenceClassification, model_args)
+    device_map = {"": "cpu"} if training_args.use_cpu else get_kbit_device_map()
+    read_policy = _reader(sft, AutoModelForCausalLM, model_args, device_map)
+    read_reward = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)
     ref_policy: Any | None = None
     if peft_config is None:
         ref_policy, policy = _frozen_and_trained(read_policy, sft, model_args)
@@ -131,7 +132,9 @@ def _frozen_and_trained(
     return frozen, trained
 
 
-def _reader(checkpoint: Checkpoint, auto_class: Any, model_args: ModelConfig) -> Callable[[torch.dtype], nn.Module]:
+def _reader(
+    checkpoint: Checkpoint, auto_class: Any, model_args: ModelConfig, device_map: dict[str, Any] | None
+) -> Callable[[torch.dtype], nn.Module]:
     """A function that reads the checkpoint's weights in a dtype and refuses holes in them."""
     kwargs: dict[str, Any] = {
         "config": checkpoint.config,
@@ -145,7 +148,7 @@ def _reader(checkpoint: Checkpoint, auto_class: Any, model_args: ModelConfig) ->
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # GPT-NeoX's name for the output layer, which by default transformers leaves alone.
         quantization_config.llm_int8_skip_modules.append("embed_out")
-        kwargs |= {"quantization_config": quantization_config, "device_map": get_kbit_device_map()}
+        kwargs |= {"quantization_config": quantization_config, "device_map": device_map}
     named = f"{checkpoint.flag} {checkpoint.path}"
 
     def read(dtype: torch.dtype) -> nn.Module:

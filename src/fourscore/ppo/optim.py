@@ -38,11 +38,17 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: Any, updates: int) ->
         optimizer: whose rates it sets.
         args: `PPOConfig`; `warmup_steps` counts updates, or is a share of them when below 1.
         updates: length of the run.
+
+    Raises:
+        FourscoreError: the schedule does not take these arguments.
     """
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(updates),
-        num_training_steps=updates,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    try:
+        return get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(updates),
+            num_training_steps=updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise FourscoreError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}") from error

@@ -106,10 +106,16 @@ def prepare_roles(
         if not any(p.requires_grad for p in model.parameters()):
             raise FourscoreError(f"nothing in {type(model).__name__} trains: every parameter has requires_grad=False.")
     autocast_dtype = _autocast_dtype(args, policy, value_model)
+    _make_savable(policy)
     if args.gradient_checkpointing:
         for model in (policy, value_model):
+            if isinstance(model, PeftModel):
+                model.enable_input_require_grads()  # frozen embeddings would cut the graph of reentrant checkpointing
             model.gradient_checkpointing_enable({"use_reentrant": False} | (args.gradient_checkpointing_kwargs or {}))
-    _place(args, [policy, value_model, reward_model, ref_policy], parallel, autocast_dtype)
+    # The reward model scores outside of autocast, so it is gathered in its own dtype, too.
+    _place([(policy, autocast_dtype), (value_model, autocast_dtype), (reward_model, None)], parallel)
+    if ref_policy is not None:
+        _place([(ref_policy, autocast_dtype)], parallel)
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if autocast_dtype is not None:
         autocast = partial(torch.autocast, parallel.device.type, dtype=autocast_dtype)
@@ -155,21 +161,30 @@ def _autocast_dtype(args: Any, policy: nn.Module, value_model: nn.Module) -> tor
     return torch.bfloat16 if args.bf16 or torch.bfloat16 in dtypes else None
 
 
-def _place(args: Any, models: list[Any], parallel: Parallel, autocast_dtype: torch.dtype | None) -> None:
-    """Onto the device, equal on every process, sharded if asked for."""
-    present = [m for m in models if m is not None]
-    if parallel.sharded and any(getattr(m, "is_loaded_in_8bit", False) for m in present):
-        raise FourscoreError("FSDP cannot shard 8-bit weights: leave out --load_in_8bit or --fsdp.")
-    for model in present:
+def _make_savable(policy: Any) -> None:
+    """Mend a generation config that contradicts itself: chat checkpoints bring such, and transformers writes none."""
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    try:
+        base.generation_config.validate(strict=True)
+    except ValueError:
+        # Sampling settings beside do_sample=False: what they are there for is sampling.
+        base.generation_config.do_sample = True
+
+
+def _place(models: list[tuple[Any, torch.dtype | None]], parallel: Parallel) -> None:
+    """Onto the device, equal on every process, sharded if asked for; each model beside the dtype it is gathered in."""
+    if parallel.sharded:
+        if any(getattr(model, "is_quantized", False) for model, _ in models):
+            raise FourscoreError("FSDP cannot shard quantized weights: leave out one of the two.")
+        owned: set[int] = set()
+        for model, _ in models:
+            _own_parameters(model, owned)
+    for model, dtype in models:
         if not getattr(model, "is_quantized", False):
             model.to(parallel.device)
         parallel.broadcast(model, frozen_too=parallel.sharded)
-    if not parallel.sharded:
-        return
-    owned: set[int] = set()
-    for model in present:
-        _own_parameters(model, owned)
-        parallel.shard(model, autocast_dtype)
+        if parallel.sharded:
+            parallel.shard(model, dtype)
 
 
 def _own_parameters(model: nn.Module, owned: set[int]) -> None:
@@ -178,6 +193,7 @@ def _own_parameters(model: nn.Module, owned: set[int]) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in owned:
-                twin = copies.setdefault(id(parameter), nn.Parameter(parameter.data.clone(), parameter.requires_grad))
-                setattr(module, name, twin)
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.data.clone(), parameter.requires_grad)
+                setattr(module, name, copies[id(parameter)])
     owned.update(id(p) for p in model.parameters())

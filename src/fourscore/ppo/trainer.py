@@ -106,6 +106,7 @@ class PPOTrainer:
         if args.eval_strategy != "no" and self.eval_dataset is None:
             raise FourscoreError(f"--eval_strategy {args.eval_strategy} needs an eval_dataset (or use 'no').")
         self.data_collator = data_collator
+        self._check_lengths([model, reward_model, value_model])
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
 
         # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
@@ -130,6 +131,8 @@ class PPOTrainer:
             handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
         )
         self.state = self._new_state()
+        self.metrics_file = JsonLines(Path(args.output_dir) / "metrics.jsonl")
+        self.samples_file = JsonLines(Path(args.output_dir) / "samples.jsonl")
 
     # ------------------------------------------------------------------ the loop
 
@@ -158,7 +161,9 @@ class PPOTrainer:
         seconds = time.perf_counter() - started
         if self.parallel.is_main:
             done = {"updates": self.state.global_step, "episodes": self.state.episode, "train_seconds": seconds}
-            write_json_atomic(Path(self.args.output_dir) / "summary.json", done | metrics)
+            path = Path(self.args.output_dir) / "summary.json"
+            if metrics or not path.exists():  # a finished run that is resumed has nothing to add
+                write_json_atomic(path, done | metrics)
         self.parallel.barrier()
         loss = metrics.get("loss/policy_avg", 0.0) + self.args.vf_coef * metrics.get("loss/value_avg", 0.0)
         return TrainOutput(self.state.global_step, loss, metrics | {"train_runtime": seconds})
@@ -388,14 +393,19 @@ class PPOTrainer:
 
         Args:
             output_dir: a folder; `args.output_dir` if None. Under PEFT the adapters are written.
+
+        Raises:
+            FourscoreError: it could not be written.
         """
         folder = Path(output_dir or self.args.output_dir)
-        checkpoint.save_weights(self.model, folder, self.parallel)
-        checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
-        if self.parallel.is_main:
-            self._tokenizer_to_save().save_pretrained(folder)
-            last = next((row for row in reversed(self.state.log_history) if "objective/scores" in row), {})
-            (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
+        with checkpoint.disk_errors_named(folder):
+            checkpoint.save_weights(self.model, folder, self.parallel)
+            checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
+            if self.parallel.is_main:
+                self._tokenizer_to_save().save_pretrained(folder)
+                updates = [row for row in self.state.log_history if "objective/scores" in row]
+                last = updates[-1] if updates else {}
+                (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
         self.parallel.barrier()
 
     def push_to_hub(self, commit_message: str = "PPO with fourscore", blocking: bool = True, **kwargs: Any) -> Any:
@@ -448,8 +458,6 @@ class PPOTrainer:
             self._load_checkpoint(found)
         elif resume:
             logger.warning("%s holds no whole checkpoint yet: starting from the beginning", folder)
-        self.metrics_file = JsonLines(folder / "metrics.jsonl")
-        self.samples_file = JsonLines(folder / "samples.jsonl")
         if self.parallel.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file.truncate_after(self.state.global_step)
@@ -520,9 +528,8 @@ class PPOTrainer:
 
     def _keep_samples(self, split: str, rows: list[dict[str, Any]]) -> None:
         if self.parallel.is_main:
-            file = JsonLines(Path(self.args.output_dir) / "samples.jsonl")
             for row in rows:
-                file.append({"step": self.state.global_step, "split": split} | row)
+                self.samples_file.append({"step": self.state.global_step, "split": split} | row)
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.state.log_history.append(metrics | {"step": self.state.global_step})
@@ -563,9 +570,33 @@ class PPOTrainer:
         except (ValueError, RuntimeError, ImportError) as error:
             raise FourscoreError(f"--report_to {self.args.report_to}: {error}") from error
 
+    def _check_lengths(self, models: list[Any]) -> None:
+        """Hold the longest prompt and a full completion against the positions that each model has."""
+        datasets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
+        longest = max(len(ids) for dataset in datasets for ids in dataset["input_ids"])
+        needed = longest + self.args.response_length
+        for model in models:
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if positions is None or needed <= positions:
+                continue
+            message = (
+                f"the longest prompt ({longest} tokens) and --response_length {self.args.response_length} make "
+                f"{needed} tokens, but {type(model).__name__} was made for {positions}: lower --max_prompt_length or "
+                "--response_length"
+            )
+            # A table of learned positions ends there; rotary ones go on, at a quality nobody has tested.
+            if any(name.endswith(("wpe", "embed_positions")) for name, _ in model.named_modules()):
+                raise FourscoreError(message)
+            logger.warning(message)
+
     def _stop_ids(self) -> tuple[int, ...]:
         args, eos = self.args, self.processing_class.eos_token_id
         if args.stop_token_id is not None:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            if args.stop_token_id >= vocabulary:
+                raise FourscoreError(
+                    f"--stop_token_id {args.stop_token_id}: the policy knows no such id (of {vocabulary})."
+                )
             return (args.stop_token_id,)
         if args.stop_token == "eos":
             if eos is None:
@@ -607,7 +638,7 @@ class PPOTrainer:
         return state
 
     def _stateful(self) -> list[Any]:
-        return [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
+        return [cb for cb in self.callback_handler.callbacks if isinstance(cb, ExportableState)]
 
     def _card_info(self) -> dict[str, Any]:
         return {

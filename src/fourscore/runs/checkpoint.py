@@ -114,6 +114,22 @@ def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]
 
 
 @contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into one clear line.
+
+    Raises:
+        FourscoreError: `path` could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FourscoreError(
+            f"{path} could not be written: {error}. Free some space (or choose another --output_dir) and go on with "
+            "--resume_from_checkpoint true: earlier checkpoints are untouched."
+        ) from error
+
+
+@contextmanager
 def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
     """A folder to fill, which gets its name only when it is complete. Every process enters; the main one writes.
 
@@ -134,16 +150,12 @@ def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        if path.exists():
-            os.replace(path, old)
-        os.replace(draft, path)
-    except (OSError, SafetensorError) as error:
-        raise FourscoreError(
-            f"{path} could not be written: {error}. Free some space (or choose another --output_dir) and go on with "
-            "--resume_from_checkpoint true: earlier checkpoints are untouched."
-        ) from error
+        with disk_errors_named(path):
+            draft.mkdir(parents=True)
+            yield draft
+            if path.exists():
+                os.replace(path, old)
+            os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -103,7 +103,9 @@ def write_config(path: str | Path, *configs: Any) -> None:
     for config in configs:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if field.init and field.name not in left_out and not (value is None and field.default is None):
+            derived = field.name == "total_episodes" and config.episodes_derived
+            unset = value is None and field.default is None
+            if field.init and not (derived or unset or field.name in left_out):
                 settings[field.name] = _plain(value)
     Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
