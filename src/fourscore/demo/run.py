@@ -160,6 +160,7 @@ def _print_verdict(console: Console, summary: dict[str, Any]) -> bool:
         f"seed {summary['seed']}: score up {stds:.2f} standard deviations (aim: {SCORE_STDS:g}), positive up "
         f"{points:.0f} points (aim: {JUDGE_POINTS:g}), {'reached' if reached else 'NOT reached'}",
         highlight=False,
+        soft_wrap=True,
     )
     return reached
 
