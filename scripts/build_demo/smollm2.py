@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct as ordinary checkpoints: a policy, and a reward model trained from it with a LoRA."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -48,6 +49,6 @@ def write_reward(work: Path, out: Path, *, pairs: int = PAIRS, seed: int = 0) ->
     merged = model.merge_and_unload()
     merged.save_pretrained(out / "reward")
     tokenizer.save_pretrained(out / "reward")
-    sample = heldout[:HELDOUT_TEXTS]
+    sample = random.Random(seed).sample(heldout, HELDOUT_TEXTS)  # the file's first ones are all praise
     accuracy = pair_accuracy(scores(merged, tokenizer, [r.text for r in sample], batch=32), sample, 2000, seed)
     return {"pairs": pairs, "held-out pair accuracy": accuracy}
