@@ -13,7 +13,7 @@ class Measures:
     Attributes:
         score: mean score of the reward model.
         score_std: standard deviation of the scores over samples.
-        judge_positive: share of samples that VADER, which no model was trained on, calls positive.
+        judge_positive: share of samples that VADER, whose scores the reward model never saw, calls positive.
         kl: mean nats between policy and reference, a completion.
         distinct_2: different pairs of neighbouring words over all such pairs, among all completions.
         length: mean tokens of a completion.
