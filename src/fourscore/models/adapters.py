@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -155,7 +156,10 @@ def _checked_copy(model: nn.Module, peft_config: PeftConfig, report: bool) -> An
 def _wrap(model: nn.Module, config: Any) -> PeftModel:
     freeze(model)
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for an attribute by a name that is being retired.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise FourscoreError(f"--lora_target_modules does not fit {type(model).__name__}: {_line(error)}") from error
     train_in_fp32(adapted)
