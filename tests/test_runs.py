@@ -288,6 +288,7 @@ def test_stop_gives_the_terminal_back_after_an_exception() -> None:
 
 
 def test_transformers_bars_are_off_meanwhile_and_on_again() -> None:
+    transformers_logging.enable_progress_bar()  # whatever an earlier test has left
     callback = PPOProgress(terminal())
     callback.on_train_begin(PPOConfig(use_cpu=True), TrainerState(max_steps=2), TrainerControl())
     assert not transformers_logging.is_progress_bar_enabled()

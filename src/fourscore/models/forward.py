@@ -179,22 +179,23 @@ def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) 
     """The score head's output at chosen positions, in fp32 whatever autocast says; `[len(rows)]`."""
     found: list[Tensor] = []
 
-    def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        hidden = args[0][rows, columns]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+    def in_fp32(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        wide = torch.promote_types(args[0].dtype, torch.float32)
+        with torch.autocast(args[0].device.type, enabled=False):
             bias = None if module.bias is None else module.bias.to(wide)
-            found.append(F.linear(hidden.to(wide), module.weight.to(wide), bias).squeeze(-1))
+            found.append(F.linear(args[0].to(wide), module.weight.to(wide), bias))
+        return found[0]
 
     def hand_over(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
-        output.logits = found[0]
+        output.logits = found[0][rows, columns].squeeze(-1)
         return output
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # FSDP2 gathers weights for the backward of what the model itself returns, so the result leaves that way; the
-    # hook runs before FSDP2's own.
+    # FSDP2 gathers weights for the backward of what modules return, so results leave that way; and it lets go of them
+    # in hooks of its own, so ours run before those.
+    widened = score_head(model).register_forward_hook(in_fp32, prepend=True)
     returned = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(score_head(model).register_forward_hook(read)), _hook(returned), _pools_anything(model):
+    with _hook(widened), _hook(returned), _pools_anything(model):
         return model(input_ids=ids, use_cache=False).logits
 
 
