@@ -4,6 +4,7 @@ Roles stay the objects they are: nothing wraps them. Data parallel adds up gradi
 backward; FSDP2 (`fully_shard`) changes a model in place.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,9 @@ class Parallel:
             raise FourscoreError(
                 "--fsdp needs more than one process: start with `accelerate launch --num_processes N`, or leave it out."
             )
+        if world_size > 1:
+            # Threads of the group that outlive the interpreter abort the process, after all its work is done.
+            atexit.register(_leave_group)
         rank = dist.get_rank() if world_size > 1 else 0
         return cls(device, rank, world_size, sharded)
 
@@ -146,6 +150,11 @@ class Parallel:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in pending:
             work.wait()
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

@@ -187,7 +187,7 @@ def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) 
         return found[0]
 
     def hand_over(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
-        output.logits = found[0][rows, columns].squeeze(-1)
+        output.logits = found[0][rows, columns, 0]
         return output
 
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
