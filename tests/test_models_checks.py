@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.errors import FourscoreError
-from fourscore.models import checks, loading
+from fourscore.models import checkpoint, loading
 from fourscore.models.loading import load_models
 
 
@@ -42,8 +42,8 @@ def test_unreachable_hub_id(monkeypatch, llama_reward):
 
 def test_unreachable_hub_answers_quickly(monkeypatch, llama_policy):
     # A hub that nothing listens at; transformers alone would retry for more than 20 seconds a file.
-    monkeypatch.setattr(checks.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checks, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(checkpoint.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
     start = time.time()
     _refused(monkeypatch, llama_policy, "owner/name", r"--reward_model_path owner/name: .*the hub cannot be reached")
     assert time.time() - start < 6
@@ -70,7 +70,7 @@ def test_damaged_and_missing_shards(monkeypatch, llama_policy, llama_reward, tmp
 
 def test_adapter_only_checkpoint(monkeypatch, llama_reward, tmp_path):
     get_peft_model(make_model("llama", make_tokenizer()), LoraConfig()).save_pretrained(tmp_path)
-    _refused(monkeypatch, tmp_path, llama_reward, "is a PEFT adapter.*merge it first")
+    _refused(monkeypatch, tmp_path, llama_reward, "names no base_model_name_or_path")
 
 
 def test_roles_swapped(monkeypatch, llama_policy, llama_reward):

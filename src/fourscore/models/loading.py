@@ -17,9 +17,11 @@ from transformers import (
 from fourscore.config import ModelConfig, PPOConfig, get_kbit_device_map, get_peft_config, get_quantization_config
 from fourscore.errors import FourscoreError
 from fourscore.models.adapters import HEAD, add_policy_adapter, add_value_adapter, freeze, train_in_fp32
-from fourscore.models.checks import Checkpoint, check_models, check_vocabulary, has_score, untrained_head_message
+from fourscore.models.checkpoint import Checkpoint
+from fourscore.models.checks import check_models, check_vocabulary, has_score, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
+from fourscore.models.layout import frozen_dtype
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad, load_tokenizer
 
@@ -103,15 +105,6 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
         if dropout := disable_dropout(model):
             logger.info("%s: dropout set to 0 in %d places", name, len(dropout))
     return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train())
-
-
-def frozen_dtype(checkpoint: Checkpoint, model_args: ModelConfig) -> torch.dtype:
-    """Dtype of the frozen weights of a checkpoint: as asked for, "auto" being the one it is stored in."""
-    if model_args.dtype in ("auto", None):
-        stored = checkpoint.dtype or checkpoint.config.get_text_config().dtype
-        return stored if isinstance(stored, torch.dtype) and stored.itemsize <= 4 else torch.float32
-    dtype: torch.dtype = getattr(torch, str(model_args.dtype))
-    return dtype
 
 
 def _frozen_and_trained(

@@ -1,0 +1,133 @@
+"""Which weights each role stands on, decided from configs and headers alone: the loader obeys it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fourscore.config import ModelConfig, PPOConfig
+from fourscore.models.checkpoint import Checkpoint
+
+Storage = Literal["mapped", "converted", "quantized", "device"]
+Trains = Literal["everything", "adapter", "head", "nothing"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Frozen weights that are read once and held once, however many roles stand on them.
+
+    Attributes:
+        checkpoint: where they come from.
+        dtype: they are held in, quantized ones aside.
+        storage: "mapped" from the file, which costs no memory of its own; "converted" into one copy, when the file has
+            another dtype or an adapter is merged into it; "quantized"; or copied to the "device".
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    storage: Storage
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """What one role is made of.
+
+    Attributes:
+        backbone: name of the frozen weights that it stands on or starts from.
+        owns: it has an fp32 copy of those weights, to train them.
+        trains: "everything" but `frozen_layers`, an "adapter" (a value model's with its head), a "head" on the policy's
+            trunk, or "nothing".
+        adapter: a frozen adapter of the checkpoint under the role's own; unmerged.
+        merged: the checkpoint's adapter is merged into the weights.
+        frozen_layers: layers from the bottom, and the embedding, that do not train and are the backbone's.
+    """
+
+    backbone: str
+    owns: bool
+    trains: Trains
+    adapter: str | None = None
+    merged: bool = False
+    frozen_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Backbones by name, and the roles on them: `policy`, `ref_policy`, `reward_model`, `value_model`.
+
+    There is no `ref_policy` where the policy with its adapter off is the reference.
+    """
+
+    backbones: dict[str, Backbone]
+    roles: dict[str, RoleLayout]
+
+    def shared(self) -> dict[str, list[str]]:
+        """Roles on each backbone that hold its weights themselves, not a copy of them."""
+        on = {name: [r for r, role in self.roles.items() if role.backbone == name] for name in self.backbones}
+        return {
+            name: [r for r in roles if not self.roles[r].owns or self.roles[r].frozen_layers]
+            for name, roles in on.items()
+        }
+
+
+def decide_layout(
+    sft: Checkpoint, reward: Checkpoint, model_args: ModelConfig, training_args: PPOConfig, *, on_cpu: bool
+) -> Layout:
+    """Who shares what.
+
+    Args:
+        sft: the SFT checkpoint.
+        reward: the reward checkpoint.
+        model_args: dtype of frozen weights, PEFT, quantization.
+        training_args: `value_training`.
+        on_cpu: the models are to live in host memory, where files can be mapped.
+    """
+    peft = model_args.use_peft
+    full_value = not peft or training_args.value_training == "full"
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    # Merged weights are another model's: an adapter stays beside its base wherever nothing but adapters trains.
+    sft_merged = sft.adapter is not None and not peft
+    reward_merged = reward.adapter is not None and full_value
+    one = _same_weights(sft, reward) and not sft_merged and not reward_merged
+
+    def backbone(checkpoint: Checkpoint, merged: bool) -> Backbone:
+        dtype = frozen_dtype(checkpoint, model_args)
+        storage: Storage = "mapped" if checkpoint.dtype == dtype and not merged else "converted"
+        if not on_cpu:
+            storage = "device"
+        # A checkpoint may come quantized, too.
+        if quantized or getattr(checkpoint.config, "quantization_config", None):
+            storage = "quantized"
+        return Backbone(checkpoint, dtype, storage)
+
+    names = ("base", "base") if one else ("sft", "reward")
+    backbones = {names[0]: backbone(sft, sft_merged)}
+    if not one:
+        backbones[names[1]] = backbone(reward, reward_merged)
+
+    under_policy = "sft" if sft.adapter is not None and not sft_merged else None
+    under_value = "reward" if reward.adapter is not None and not reward_merged else None
+    roles: dict[str, RoleLayout] = {}
+    if peft:
+        roles["policy"] = RoleLayout(names[0], False, "adapter", under_policy)
+    else:
+        roles["policy"] = RoleLayout(names[0], True, "everything", merged=sft_merged)
+        roles["ref_policy"] = RoleLayout(names[0], False, "nothing", merged=sft_merged)
+    roles["reward_model"] = RoleLayout(names[1], False, "nothing", under_value, reward_merged)
+    if full_value:
+        roles["value_model"] = RoleLayout(names[1], True, "everything", merged=reward_merged)
+    else:
+        roles["value_model"] = RoleLayout(names[1], False, "adapter", under_value)
+    return Layout(backbones, roles)
+
+
+def frozen_dtype(checkpoint: Checkpoint, model_args: ModelConfig) -> torch.dtype:
+    """Dtype of the frozen weights of a checkpoint: as asked for, "auto" being the one it is stored in."""
+    if model_args.dtype in ("auto", None):
+        stored = checkpoint.dtype or checkpoint.config.get_text_config().dtype
+        return stored if isinstance(stored, torch.dtype) and stored.itemsize <= 4 else torch.float32
+    dtype: torch.dtype = getattr(torch, str(model_args.dtype))
+    return dtype
+
+
+def _same_weights(sft: Checkpoint, reward: Checkpoint) -> bool:
+    return sft.identity == reward.identity and sft.config.model_type == reward.config.model_type
