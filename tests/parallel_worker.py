@@ -57,12 +57,30 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, adapter: boo
     )
 
 
+def check_sharing(trainer: PPOTrainer) -> None:
+    """What is frozen is held once a process, still mapped from its file, and sharded weights are in one tree."""
+    value, reward = trainer.value_model, trainer.reward_model
+    frozen = {p.data_ptr() for p in value.parameters() if not p.requires_grad}
+    if trainer.parallel.sharded:
+        assert (reward is value) == (trainer.ref_model is None)
+        return
+    if trainer.ref_model is None:
+        assert {p.data_ptr() for p in reward.parameters()} == frozen
+    lines = Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else []
+    spans = [line.split()[0].split("-") for line in lines if line.endswith("model.safetensors")]
+    held = {p.data_ptr() for m in (trainer.model, trainer.ref_model, reward) if m for p in m.parameters()}
+    trained = {p.data_ptr() for p in trainer.model.parameters() if p.requires_grad}
+    outside = [a for a in held - trained if not any(int(start, 16) <= a < int(end, 16) for start, end in spans)]
+    assert not lines or not outside, f"{len(outside)} of {len(held - trained)} frozen tensors are copies"
+
+
 def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> None:
     trainer_module.generate = fixed_completions
     trainer = make_trainer(out, world_size, sft, reward, adapter)
     assert trainer.parallel.world_size == world_size
     result = trainer.train().metrics
     trainer.save_model()
+    check_sharing(trainer)
 
     # Weights, optimizers and schedules come back as they were: the second update is the same one again.
     resumed = make_trainer(out, world_size, sft, reward, adapter)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourscore.errors import FourscoreError
-from fourscore.models.forward import score_head
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Parallel:
             FourscoreError: FSDP with a single process.
         """
         device = args.device
-        sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        sharded = is_sharded(args)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if sharded and world_size == 1:
             raise FourscoreError(
@@ -134,8 +133,9 @@ class Parallel:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=autocast_dtype, reduce_dtype=torch.float32)
         for layer in layers:
             fully_shard(layer, **options)
-        if hasattr(base, "score"):
-            fully_shard(score_head(model), mesh=options["mesh"], reshard_after_forward=True)
+        # A value model under PEFT has two: its own, and the reward model's.
+        for head in (m for m in getattr(base, "score", nn.Identity()).modules() if isinstance(m, nn.Linear)):
+            fully_shard(head, mesh=options["mesh"], reshard_after_forward=True)
         fully_shard(base, **options)
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
@@ -150,6 +150,11 @@ class Parallel:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in pending:
             work.wait()
+
+
+def is_sharded(args: Any) -> bool:
+    """Whether flags or launcher ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _leave_group() -> None:

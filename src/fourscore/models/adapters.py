@@ -2,29 +2,98 @@
 
 import copy
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from fourscore.errors import FourscoreError
+from fourscore.models.checkpoint import ADAPTER_WEIGHTS, Adapter
 
 logger = logging.getLogger(__name__)
 
 HEAD = "score"
 """Name of the head of a reward or value model in every decoder that transformers gives one."""
 
+_SAVED = "_modules_of_frozen_adapter"
 _OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", HEAD, "classifier"})
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftModel:
+    """Puts a checkpoint's adapter on its base, frozen: the model that was fine-tuned, on weights that others share.
+
+    What the adapter saved of whole modules (a head, embeddings) takes their place in this tree, so that an adapter put
+    on top may bring modules of its own.
+
+    Args:
+        model: the base, with modules of its own over whatever weights; changed in place.
+        adapter: the adapter's folder and config.
+        name: that it goes by in the model.
+
+    Raises:
+        FourscoreError: the adapter is of another model.
+    """
+    state = load_peft_weights(adapter.path, device="cpu")
+    saved, rest = _split_saved_modules(model, state)
+    for target, tensor in saved.items():
+        owner = model.get_submodule(target.rpartition(".")[0])
+        before = getattr(owner, target.rpartition(".")[2])
+        weight = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=False)
+        setattr(owner, target.rpartition(".")[2], weight)
+    config: Any = copy.deepcopy(adapter.config)
+    config.modules_to_save = None
+    config.inference_mode = False
+    for option, value in list(vars(config).items()):
+        if option.endswith("dropout") and isinstance(value, int | float):
+            setattr(config, option, 0.0)
+    freeze(model)
+    # A sequence classifier of PEFT's would add its head to what the adapter trains.
+    wrapper = PeftModelForCausalLM if config.task_type == TaskType.CAUSAL_LM else PeftModel
+    config.task_type = TaskType.CAUSAL_LM if wrapper is PeftModelForCausalLM else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = wrapper(model, config, adapter_name=name)
+    result = set_peft_model_state_dict(adapted, rest, adapter_name=name)
+    unknown = list(result.unexpected_keys)
+    missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    if unknown or missing:
+        raise FourscoreError(
+            f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {(unknown or missing)[0]}); "
+            "give the base model it was trained on"
+        )
+    freeze(adapted)
+    setattr(adapted, _SAVED, tuple(saved))
+    return adapted
+
+
+def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Adds a checkpoint's adapter into weights that nobody shares; returns the plain model.
+
+    Raises:
+        FourscoreError: the adapter is of another model.
+    """
+    return add_frozen_adapter(model, adapter, "default").merge_and_unload()
+
+
 def add_policy_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
-    """Puts a fresh adapter on a causal LM; everything else in it is frozen.
+    """Puts a fresh adapter on a causal LM; everything else in it is frozen, an adapter that is there already as well.
 
     What trains is fp32. The caller's `peft_config` is left as it is.
 
@@ -58,8 +127,10 @@ def add_value_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
         kept = {target for target in targets if target.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS}
         config.target_modules = kept or DUMMY_TARGET_MODULES
     saved = getattr(config, "modules_to_save", None) or []
-    # PEFT adds the head itself, for this task type.
+    # PEFT adds the head itself where the adapter is the model's first, for this task type.
     config.modules_to_save = [name for name in saved if name.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS]
+    if isinstance(model, PeftModel):
+        config.modules_to_save.append(HEAD)
     return _wrap(model, config)
 
 
@@ -90,9 +161,10 @@ def train_in_fp32(model: nn.Module) -> None:
 def reference(
     policy: PeftModel, ref_adapter_name: str | None = None, model_adapter_name: str | None = None
 ) -> Iterator[PeftModel]:
-    """In this context `policy` computes as the reference policy.
+    """In this context `policy` computes as the reference policy, or a value model as the reward model.
 
-    That is with its adapter off, or, if `ref_adapter_name` is given, with that adapter in its place. Afterwards the
+    That is with the adapter that trains off (frozen ones below it stay on), or, if `ref_adapter_name` is given, with
+    that adapter in its place. Afterwards the
     active adapter (`model_adapter_name`, else the one that was active) and every parameter's `requires_grad` are as
     they were: PEFT itself would turn gradients on for whatever adapter becomes active again.
 
@@ -106,26 +178,116 @@ def reference(
             )
     gradients = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     active = [model_adapter_name] if model_adapter_name is not None else list(policy.base_model.active_adapters)
+    below = [ref_adapter_name] if ref_adapter_name is not None else frozen_adapters(policy)
     try:
-        if ref_adapter_name is None:
+        if below:
+            activate(policy, below)
+            yield policy
+        else:
             with policy.disable_adapter():
                 yield policy
-        else:
-            policy.set_adapter(ref_adapter_name)
-            yield policy
     finally:
-        if ref_adapter_name is not None:
-            # PeftModel.set_adapter takes one name only; the tuner below it takes several.
-            policy.set_adapter(active[0])
-            if len(active) > 1:
-                policy.base_model.set_adapter(active)
+        if below:
+            activate(policy, active)
         for parameter, requires_grad in gradients:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
 
 
+def activate(model: PeftModel, names: list[str]) -> None:
+    """Makes adapters the active ones, the last of them the one that PEFT takes for the model's."""
+    model.set_adapter(names[-1])
+    if len(names) > 1:
+        # PeftModel.set_adapter takes one name only; the tuner below it takes several.
+        model.base_model.set_adapter(names)
+
+
+def frozen_adapters(model: PeftModel) -> list[str]:
+    """Names of active adapters of which no parameter trains."""
+    trains = {part for name, p in model.named_parameters() if p.requires_grad for part in name.split(".")}
+    return [name for name in model.base_model.active_adapters if name not in trains]
+
+
+def trained_adapter(model: PeftModel) -> str:
+    """Name of the active adapter that trains."""
+    frozen = frozen_adapters(model)
+    return next((n for n in model.base_model.active_adapters if n not in frozen), str(model.active_adapter))
+
+
+def write_combined_adapter(model: PeftModel, folder: Path) -> None:
+    """Makes one LoRA of the frozen adapters and the trained one in a folder that `save_pretrained` has written.
+
+    `B1 A1 + B2 A2` is `[B1 B2] [A1; A2]`, so the sum is a LoRA of their joint rank, exactly, and `from_pretrained` on
+    the base model gives the whole policy. What cannot be put so (DoRA, another kind of adapter) is left in two folders.
+
+    Args:
+        model: whose adapters these are.
+        folder: holds the trained adapter, and each frozen one in a folder of its name.
+    """
+    frozen, trained = frozen_adapters(model), trained_adapter(model)
+    places = {name: folder / name for name in frozen} | {trained: folder if trained == "default" else folder / trained}
+    configs = {name: cast(Any, model.peft_config[name]) for name in places}
+    if any(c.peft_type != "LORA" or c.use_dora or c.target_parameters or c.bias != "none" for c in configs.values()):
+        logger.warning("%s holds two adapters: load %s first and put %s on top", folder, ", ".join(frozen), trained)
+        return
+    pieces: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for adapter, place in places.items():
+        for key, tensor in load_peft_weights(str(place), device="cpu").items():
+            module, found, part = key.partition(".lora_")
+            if not found:
+                whole[key] = tensor
+                continue
+            scaling = model.get_submodule(module).scaling[adapter]
+            pieces.setdefault(f"{module}.lora_{part}", {})[adapter] = tensor * scaling if _is_up(part) else tensor
+    own = dict(model.get_base_model().named_parameters(remove_duplicate=False))
+    for name in set(getattr(model, _SAVED, ())) & own.keys():  # but for a head that trains by now
+        whole.setdefault(f"base_model.model.{name}", own[name].detach().cpu().contiguous())
+    ranks = {name: max([config.r, *config.rank_pattern.values()]) for name, config in configs.items()}
+    joint = {key: _concatenated(key, parts, ranks) for key, parts in pieces.items()}
+    config: Any = copy.deepcopy(configs[trained])
+    config.r = config.lora_alpha = sum(ranks.values())
+    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+    config.target_modules = sorted({key.partition(".lora_")[0].removeprefix("base_model.model.") for key in joint})
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = sorted({key.split(".")[-2] for key in whole}) or None
+    config.inference_mode = True
+    for name in frozen:
+        shutil.rmtree(folder / name)
+    save_file(joint | whole, places[trained] / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(places[trained])
+
+
+def _is_up(part: str) -> bool:
+    return part.startswith(("B", "embedding_B"))
+
+
+def _concatenated(key: str, parts: dict[str, Tensor], ranks: dict[str, int]) -> Tensor:
+    """One side of several LoRAs along their rank, zeros where one has none there or a smaller one."""
+    down = not _is_up(key.partition(".lora_")[2])
+    like = next(iter(parts.values()))
+    if not down:
+        like = like.transpose(0, 1)
+    joint = torch.zeros(sum(ranks.values()), *like.shape[1:], dtype=like.dtype)
+    start = 0
+    for name, rank in ranks.items():
+        if name in parts:
+            piece = parts[name] if down else parts[name].transpose(0, 1)
+            joint[start : start + len(piece)] = piece
+        start += rank
+    return joint if down else joint.transpose(0, 1).contiguous()
+
+
+def _split_saved_modules(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of an adapter file that are whole modules' (by their name in `model`), and the others."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = {key: key.removeprefix("base_model.model.") for key in state}
+    whole = {name: state[key] for key, name in saved.items() if name in own}
+    return whole, {key: tensor for key, tensor in state.items() if saved[key] not in own}
+
+
 def _checked_copy(model: nn.Module, peft_config: PeftConfig, report: bool) -> Any:
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and any(p.requires_grad for p in model.parameters()):
         raise FourscoreError(
             "a PEFT config (--use_peft) for a model that has an adapter already: pass the adapted model without a "
             "PEFT config, or merge its adapter (merge_and_unload) first"
@@ -159,11 +321,22 @@ def _wrap(model: nn.Module, config: Any) -> PeftModel:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute by a name that is being retired.
             warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, config)
+            adapted = _on_top(model, config) if isinstance(model, PeftModel) else get_peft_model(model, config)
     except ValueError as error:
         raise FourscoreError(f"--lora_target_modules does not fit {type(model).__name__}: {_line(error)}") from error
     train_in_fp32(adapted)
     return adapted
+
+
+def _on_top(model: PeftModel, config: Any) -> PeftModel:
+    """A second adapter beside a frozen one, both active; PEFT would make both trainable."""
+    below = list(model.base_model.active_adapters)
+    model.add_adapter("default", config)
+    activate(model, [*below, "default"])
+    for name, parameter in model.named_parameters():
+        if not set(below).isdisjoint(name.split(".")):
+            parameter.requires_grad_(False)
+    return model
 
 
 def _cast_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

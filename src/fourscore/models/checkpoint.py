@@ -185,7 +185,7 @@ def _identity(path: str, revision: str) -> tuple[Any, ...]:
         files = [os.path.join(path, "config.json"), *map(str, _weight_files(Path(path)))]
     else:
         files = [try_to_load_from_cache(path, "config.json", revision=revision)]
-        files += _safetensors_files(path, revision) or []
+        files += safetensors_files(path, revision) or []
         if len(files) < 2 or not all(isinstance(file, str) for file in files):
             return (path, revision)
     return tuple(sorted((stat.st_dev, stat.st_ino) for stat in map(os.stat, files)))
@@ -232,7 +232,7 @@ def _drop_unusable_pad(config: Any) -> None:
 
 def _headers(path: str, revision: str) -> Mapping[str, TensorHeader] | None:
     """Headers of all tensors, as far as they can be had without the weights."""
-    files = _safetensors_files(path, revision)
+    files = safetensors_files(path, revision)
     if files is None:
         return None
     if files:
@@ -261,7 +261,7 @@ def _read_headers(path: str, files: list[str]) -> Mapping[str, TensorHeader]:
     return headers
 
 
-def _safetensors_files(path: str, revision: str) -> list[str] | None:
+def safetensors_files(path: str, revision: str) -> list[str] | None:
     """Local or cached safetensors files; empty if they are on the hub only; None if there are none."""
     if not os.path.isdir(path):
         cached = try_to_load_from_cache(path, "model.safetensors", revision=revision)

@@ -81,6 +81,8 @@ def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
             f"{reward.named}: model type {config.model_type!r} has no sequence classifier in transformers; "
             "give a reward model that AutoModelForSequenceClassification loads"
         )
+    if reward.adapter is not None and has_score(set(reward.adapter.tensors or ())):
+        return
     weights = reward.weights
     if weights is not None and not has_score(weights):
         head = next(

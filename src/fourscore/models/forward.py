@@ -165,7 +165,7 @@ def score_head(model: nn.Module) -> nn.Linear:
     owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = getattr(owner, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
-        active = head.active_adapters
+        active = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[active[0]] if active else head.original_module
     if not isinstance(head, nn.Linear):
         raise FourscoreError(

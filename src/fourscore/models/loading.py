@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,16 +17,27 @@ from transformers import (
 
 from fourscore.config import ModelConfig, PPOConfig, get_kbit_device_map, get_peft_config, get_quantization_config
 from fourscore.errors import FourscoreError
-from fourscore.models.adapters import HEAD, add_policy_adapter, add_value_adapter, freeze, train_in_fp32
-from fourscore.models.checkpoint import Checkpoint
+from fourscore.models.adapters import (
+    HEAD,
+    add_frozen_adapter,
+    add_policy_adapter,
+    add_value_adapter,
+    freeze,
+    merge_adapter,
+    train_in_fp32,
+)
+from fourscore.models.checkpoint import Checkpoint, safetensors_files
 from fourscore.models.checks import check_models, check_vocabulary, has_score, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
-from fourscore.models.layout import frozen_dtype
+from fourscore.models.layout import Backbone, Layout, decide_layout
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad, load_tokenizer
+from fourscore.parallel import is_sharded
 
 logger = logging.getLogger(__name__)
+
+Read = Callable[[torch.dtype], nn.Module]
 
 
 @dataclass
@@ -47,22 +59,24 @@ class Models:
     value_model: Any
 
 
-def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
+def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layout | None = None) -> Models:
     """Loads policy, reference, reward and value model.
 
-    Everything that configs, headers and tokenizers can tell is checked first. Then the SFT and the reward checkpoint
-    are each read once: the frozen role keeps what was read (memory-mapped on a CPU where the file has the dtype asked
-    for), the trained role gets fp32 weights of its own, or under PEFT an adapter on the very same frozen weights.
+    Everything that configs, headers and tokenizers can tell is checked first. Then each checkpoint is read once, and
+    roles are built as the layout says: a frozen role keeps what was read (memory-mapped on a CPU where the file has the
+    dtype asked for), a trained one gets fp32 weights of its own, or under PEFT an adapter on the very same frozen
+    weights. When SFT and reward checkpoint are adapters of one base, that base is all that is read.
 
     Args:
         model_args: dtype of frozen weights, attention, PEFT, quantization.
         training_args: paths of the SFT and the reward checkpoint.
+        layout: who stands on what, if decided already; default: decided here, in the same way.
 
     Raises:
         FourscoreError: a checkpoint is missing or unfit; the message names the flag and the way out.
     """
     sft, reward = check_models(model_args, training_args)
-    source = str(model_args.model_name_or_path or sft.path)
+    source = str(model_args.model_name_or_path or sft.given)
     tokenizer = load_tokenizer(
         source,
         model_args.model_revision,
@@ -77,20 +91,52 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
 
     # Fresh adapters are drawn below: the same for the same seed, and on every process.
     set_seed(training_args.seed)
+    layout = layout or decide_layout(sft, reward, model_args, training_args, on_cpu=_on_cpu(training_args))
     peft_config = get_peft_config(model_args)
-    device_map = {"": "cpu"} if training_args.use_cpu else get_kbit_device_map()
+    roles = layout.roles
+    policy_on, value_on = roles["policy"].backbone, roles["value_model"].backbone
+    device_map = _device_map(model_args, training_args)
     read_policy = _reader(sft, AutoModelForCausalLM, model_args, device_map)
     read_reward = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)
+
+    def owned(backbone: str) -> bool:
+        return any(role.owns for role in roles.values() if role.backbone == backbone)
+
+    frozen, trained = _read(read_policy, layout.backbones[policy_on], owned(policy_on), roles["policy"].merged)
+    if value_on == policy_on:
+        head = _head(reward, model_args)
+        reward_model = _classifier_on(frozen, reward, head, model_args)
+        trained_reward = None if trained is None else _classifier_on(trained, reward, head, model_args)
+    else:
+        reward_model, trained_reward = _read(
+            read_reward, layout.backbones[value_on], owned(value_on), roles["reward_model"].merged
+        )
+    freeze(frozen)
+    freeze(reward_model)
+    if roles["reward_model"].adapter is not None:
+        assert reward.adapter is not None
+        reward_model = add_frozen_adapter(reward_model, reward.adapter, "reward")
+
     ref_policy: Any | None = None
+    policy: Any
     if peft_config is None:
-        ref_policy, policy = _frozen_and_trained(read_policy, sft, model_args)
+        assert trained is not None
+        ref_policy, policy = frozen, _to_train(trained)
     else:
-        policy = add_policy_adapter(read_policy(frozen_dtype(sft, model_args)), peft_config)
-    if peft_config is None or training_args.value_training == "full":
-        reward_model, value_model = _frozen_and_trained(read_reward, reward, model_args)
+        policy = frozen
+        if roles["policy"].adapter is not None:
+            assert sft.adapter is not None
+            policy = add_frozen_adapter(policy, sft.adapter, "sft")
+        policy = add_policy_adapter(policy, peft_config)
+    value_model: Any
+    if roles["value_model"].owns:
+        assert trained_reward is not None
+        # On one base the policy's copy is the policy's.
+        value_model = _to_train(
+            clone_owning(trained_reward, torch.float32) if value_on == policy_on else trained_reward
+        )
     else:
-        reward_model = read_reward(frozen_dtype(reward, model_args))
-        freeze(reward_model)
+        assert peft_config is not None
         value_model = add_value_adapter(clone_sharing(reward_model), peft_config)
     score_head(reward_model)
 
@@ -107,33 +153,91 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
     return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train())
 
 
-def _frozen_and_trained(
-    read: Callable[[torch.dtype], nn.Module], checkpoint: Checkpoint, model_args: ModelConfig
-) -> tuple[nn.Module, nn.Module]:
-    """A frozen model in the dtype asked for and a trained one in fp32, from one reading."""
-    wanted = frozen_dtype(checkpoint, model_args)
-    if wanted in (torch.float32, checkpoint.dtype):
-        frozen = read(wanted)
-        trained = clone_owning(frozen, torch.float32)
-    else:
-        # The file may hold more than the frozen copy is to keep: the trained weights must not be rounded.
-        trained = read(torch.float32)
-        frozen = clone_owning(trained, wanted)
-    freeze(frozen)
-    trained.requires_grad_(True)
-    train_in_fp32(trained)
-    return frozen, trained
+def _on_cpu(training_args: PPOConfig) -> bool:
+    return bool(training_args.device.type == "cpu")
+
+
+def _device_map(model_args: ModelConfig, training_args: PPOConfig) -> dict[str, Any] | None:
+    """Where weights go while they are read: straight to the accelerator, unless they are to be sharded over several."""
+    if _on_cpu(training_args):
+        return {"": "cpu"} if model_args.load_in_4bit or model_args.load_in_8bit else None
+    if is_sharded(training_args):
+        return None
+    return get_kbit_device_map() or {"": str(training_args.device)}
+
+
+def _read(read: Read, backbone: Backbone, owned: bool, merged: bool) -> tuple[nn.Module, nn.Module | None]:
+    """The frozen model in the dtype asked for, and an fp32 one to train if a role owns such weights; one reading."""
+    if merged:
+        assert backbone.checkpoint.adapter is not None
+        trained = merge_adapter(read(torch.float32), backbone.checkpoint.adapter)
+        return clone_owning(trained, backbone.dtype), trained
+    if not owned:
+        return read(backbone.dtype), None
+    if backbone.dtype in (torch.float32, backbone.checkpoint.dtype):
+        frozen = read(backbone.dtype)
+        return frozen, clone_owning(frozen, torch.float32)
+    # The file may hold more than the frozen copy is to keep: the trained weights must not be rounded.
+    trained = read(torch.float32)
+    return clone_owning(trained, backbone.dtype), trained
+
+
+def _to_train(model: nn.Module) -> nn.Module:
+    model.requires_grad_(True)
+    train_in_fp32(model)
+    return model
+
+
+def _classifier_on(causal: Any, reward: Checkpoint, head: Tensor, model_args: ModelConfig) -> nn.Module:
+    """A sequence classifier over the very weights of a causal LM, with a head of its own."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            reward.config,
+            attn_implementation=model_args.attn_implementation,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    prefix = model.base_model_prefix
+    setattr(model, prefix, clone_sharing(getattr(causal, prefix)))
+    like = causal.get_input_embeddings().weight
+    outline = score_head(model)
+    outline.weight = nn.Parameter(head.to(like.device, like.dtype, copy=True))
+    for name in ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(causal):
+            setattr(model, name, getattr(causal, name))
+    if getattr(causal.config, "quantization_config", None) is not None:
+        model.config.quantization_config = causal.config.quantization_config
+    return model.eval()
+
+
+def _head(reward: Checkpoint, model_args: ModelConfig) -> Tensor:
+    """The `score` weights `[1, d]` in a checkpoint's own files, else fresh ones, which an adapter may replace."""
+    for file in safetensors_files(reward.path, reward.revision) or []:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if has_score({name}):
+                    return opened.get_tensor(name)
+    if reward.adapter is None:
+        _untrained_head(reward.named, model_args)
+    text = reward.config.get_text_config()
+    return torch.randn(1, text.hidden_size) * float(getattr(text, "initializer_range", 0.02))
+
+
+def _untrained_head(named: str, model_args: ModelConfig) -> None:
+    if not model_args.allow_untrained_reward_head:
+        raise FourscoreError(untrained_head_message(named))
+    logger.warning("%s: the `%s` head is untrained, scores are noise", named, HEAD)
 
 
 def _reader(
     checkpoint: Checkpoint, auto_class: Any, model_args: ModelConfig, device_map: dict[str, Any] | None
-) -> Callable[[torch.dtype], nn.Module]:
+) -> Read:
     """A function that reads the checkpoint's weights in a dtype and refuses holes in them."""
     kwargs: dict[str, Any] = {
         "config": checkpoint.config,
-        "revision": model_args.model_revision,
+        "revision": checkpoint.revision,
         "attn_implementation": model_args.attn_implementation,
         "trust_remote_code": model_args.trust_remote_code,
+        "device_map": device_map,
     }
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
@@ -141,8 +245,8 @@ def _reader(
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # GPT-NeoX's name for the output layer, which by default transformers leaves alone.
         quantization_config.llm_int8_skip_modules.append("embed_out")
-        kwargs |= {"quantization_config": quantization_config, "device_map": device_map}
-    named = f"{checkpoint.flag} {checkpoint.path}"
+        kwargs["quantization_config"] = quantization_config
+    named = checkpoint.named
 
     def read(dtype: torch.dtype) -> nn.Module:
         try:
@@ -151,9 +255,8 @@ def _reader(
             raise FourscoreError(f"{named}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
         missing = set(report["missing_keys"])
         if has_score(missing):
-            if not model_args.allow_untrained_reward_head:
-                raise FourscoreError(untrained_head_message(named))
-            logger.warning("%s: the `%s` head is untrained, scores are noise", named, HEAD)
+            if checkpoint.adapter is None:
+                _untrained_head(named, model_args)
             missing = {name for name in missing if not has_score({name})}
         if missing:
             raise FourscoreError(f"{named}: {len(missing)} weights are missing from it, such as {min(missing)}")

@@ -1,6 +1,7 @@
 """Frozen weights held once: a second module tree over the same Parameters, and equal copies pointed at one storage."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -35,6 +36,30 @@ def clone_owning(model: M, dtype: torch.dtype) -> M:
     if hasattr(twin, "config"):
         twin.config.dtype = dtype
     return twin
+
+
+def share_frozen(models: list[nn.Module]) -> int:
+    """Points the frozen tensors of models that were loaded one by one at one storage, where they are the same.
+
+    Models are compared when they come from the same checkpoint, and then tensor by tensor, byte by byte.
+
+    Args:
+        models: the roles; the first that holds a tensor keeps it.
+
+    Returns:
+        Bytes that are no longer held twice.
+    """
+    freed = 0
+    for i, target in enumerate(models):
+        for source in models[:i]:
+            if _source(target) == _source(source):
+                freed += share_parameters(target, source)
+    return freed
+
+
+def _source(model: Any) -> str:
+    name = str(getattr(model.config, "_name_or_path", ""))
+    return os.path.realpath(name) if os.path.isdir(name) else name
 
 
 def share_parameters(target: nn.Module, source: nn.Module) -> int:

@@ -13,10 +13,17 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from fourscore.errors import FourscoreError
-from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze, reference, train_in_fp32
+from fourscore.models.adapters import (
+    add_policy_adapter,
+    add_value_adapter,
+    freeze,
+    reference,
+    train_in_fp32,
+    trained_adapter,
+)
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
-from fourscore.models.sharing import share_parameters
+from fourscore.models.sharing import share_frozen
 from fourscore.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -29,9 +36,10 @@ class Roles:
     Attributes:
         policy: causal LM, trains.
         ref_policy: frozen causal LM; None when the policy with its adapter off is the reference.
-        reward_model: frozen sequence classifier.
+        reward_model: frozen sequence classifier; the value model itself where that with its adapter off is it.
         value_model: sequence classifier, trains.
         as_reference: context manager that yields the reference policy.
+        as_reward: context manager that yields the reward model.
         autocast: makes the context of every forward pass of policy and value model.
     """
 
@@ -40,6 +48,7 @@ class Roles:
     reward_model: Any
     value_model: Any
     as_reference: Callable[[], AbstractContextManager[Any]]
+    as_reward: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager]
 
     @property
@@ -89,15 +98,15 @@ def prepare_roles(
         )
     freeze(reward_model)
     if under_peft and not isinstance(value_model, PeftModel) and args.value_training == "adapter":
-        value_model = add_value_adapter(value_model, peft_config or policy.peft_config[policy.active_adapter])
-        freed = share_parameters(value_model, reward_model)
-        logger.info("reward and value model share %.2f GiB of frozen weights", freed / 2**30)
+        value_model = add_value_adapter(value_model, peft_config or policy.peft_config[trained_adapter(policy)])
     elif getattr(value_model, "is_quantized", False) and not isinstance(value_model, PeftModel):
         raise FourscoreError("--value_training full cannot train quantized weights: leave it out.")
     if ref_policy is None and not under_peft:
         ref_policy = copy.deepcopy(policy)
     if ref_policy is not None:
         freeze(ref_policy)
+    if freed := share_frozen([m for m in (ref_policy, reward_model, value_model, policy) if m is not None]):
+        logger.info("models that came from one checkpoint share %.2f GiB of frozen weights", freed / 2**30)
     for model in (policy, value_model, reward_model, ref_policy):
         if model is not None:
             disable_dropout(model)
@@ -112,17 +121,33 @@ def prepare_roles(
             if isinstance(model, PeftModel):
                 model.enable_input_require_grads()  # frozen embeddings would cut the graph of reentrant checkpointing
             model.gradient_checkpointing_enable({"use_reentrant": False} | (args.gradient_checkpointing_kwargs or {}))
+    as_reward: Callable[[], AbstractContextManager[Any]] = partial(nullcontext, reward_model)
     # The reward model scores outside of autocast, so it is gathered in its own dtype, too.
-    _place([(policy, autocast_dtype), (value_model, autocast_dtype), (reward_model, None)], parallel)
-    if ref_policy is not None:
-        _place([(ref_policy, autocast_dtype)], parallel)
+    to_place: list[tuple[Any, torch.dtype | None]] = [
+        (policy, autocast_dtype),
+        (value_model, autocast_dtype),
+        (ref_policy, autocast_dtype),
+        (reward_model, None),
+    ]
+    if parallel.sharded and _stands_on(reward_model, value_model):
+        # FSDP2 takes a parameter into one group, so here the value model with its adapter off is the reward model.
+        reward_model.to("meta")
+        reward_model, as_reward = value_model, partial(reference, value_model)
+        to_place.pop()
+    _place([(model, dtype) for model, dtype in to_place if model is not None], parallel)
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if autocast_dtype is not None:
         autocast = partial(torch.autocast, parallel.device.type, dtype=autocast_dtype)
     as_reference: Callable[[], AbstractContextManager[Any]] = partial(nullcontext, ref_policy)
     if ref_policy is None:
         as_reference = partial(reference, policy, args.ref_adapter_name, args.model_adapter_name)
-    return Roles(policy, ref_policy, reward_model, value_model, as_reference, autocast)
+    return Roles(policy, ref_policy, reward_model, value_model, as_reference, as_reward, autocast)
+
+
+def _stands_on(reward_model: nn.Module, value_model: nn.Module) -> bool:
+    """Whether all that the reward model is made of is in the value model, too."""
+    held = {id(p) for p in value_model.parameters()}
+    return isinstance(value_model, PeftModel) and all(id(p) in held for p in reward_model.parameters())
 
 
 def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None) -> None:

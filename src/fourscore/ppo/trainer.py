@@ -74,7 +74,7 @@ class PPOTrainer:
     Attributes:
         model: the policy.
         ref_model: the reference policy, or None.
-        reward_model: frozen.
+        reward_model: frozen. With FSDP and adapters it is the value model, whose adapter is off while it scores.
         value_model: trains.
         state: transformers' `TrainerState`, with `episode`.
         run_config: dataclasses that `config.yaml` records.
@@ -223,7 +223,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def _scores(self, experience: Experience) -> torch.Tensor:
-        scores = score(self.reward_model, experience, self.args.local_rollout_forward_batch_size)
+        scores = self._reward_scores(experience)
         if not scores.isfinite().all():
             raise FourscoreError(
                 "the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype."
@@ -231,6 +231,10 @@ class PPOTrainer:
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~experience.has_eos
         return scores
+
+    def _reward_scores(self, experience: Experience) -> torch.Tensor:
+        with self.roles.as_reward() as reward_model:
+            return score(reward_model, experience, self.args.local_rollout_forward_batch_size)
 
     @torch.no_grad()
     def _advantages(self, experience: Experience) -> None:
@@ -346,7 +350,7 @@ class PPOTrainer:
                 e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
                 columns = {
                     "index": indices,
-                    "scores": score(self.reward_model, e, args.local_rollout_forward_batch_size).tolist(),
+                    "scores": self._reward_scores(e).tolist(),
                     "completion_ids": e.completions(),
                     "completion_length": e.completion_lens.tolist(),
                     "ended": e.has_eos.float().tolist(),
@@ -392,15 +396,16 @@ class PPOTrainer:
         """Write policy and tokenizer, and the value model below them, as `from_pretrained` reads them.
 
         Args:
-            output_dir: a folder; `args.output_dir` if None. Under PEFT the adapters are written.
+            output_dir: a folder; `args.output_dir` if None. Under PEFT the adapters are written: one adapter of the
+                base model, which holds that of the SFT checkpoint, too, where that was an adapter.
 
         Raises:
             FourscoreError: it could not be written.
         """
         folder = Path(output_dir or self.args.output_dir)
         with checkpoint.disk_errors_named(folder):
-            checkpoint.save_weights(self.model, folder, self.parallel)
-            checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel)
+            checkpoint.save_weights(self.model, folder, self.parallel, combined=True)
+            checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel, combined=True)
             if self.parallel.is_main:
                 self._tokenizer_to_save().save_pretrained(folder)
                 updates = [row for row in self.state.log_history if "objective/scores" in row]

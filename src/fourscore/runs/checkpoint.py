@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fourscore.errors import FourscoreError
+from fourscore.models.adapters import frozen_adapters, trained_adapter, write_combined_adapter
 from fourscore.parallel import Parallel
 from fourscore.runs import directory
 
@@ -161,16 +162,24 @@ def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def save_weights(model: Any, folder: Path, parallel: Parallel) -> None:
+def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool = False) -> None:
     """Write a role as `from_pretrained` reads it: whole weights, or the adapter under PEFT.
 
     Every process calls it; only the main one writes.
+
+    Args:
+        model: the role.
+        folder: to write into.
+        parallel: the processes.
+        combined: where it trains on top of a frozen adapter, write both as one; else each goes into its folder.
     """
     state = None
     if parallel.sharded:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if parallel.is_main:
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        if combined and isinstance(model, PeftModel) and frozen_adapters(model):
+            write_combined_adapter(model, folder)
     parallel.barrier()
 
 
@@ -178,7 +187,7 @@ def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
     """Read back what `save_weights` wrote, into the role's own parameters."""
     if isinstance(model, PeftModel):
         # PEFT writes an adapter of another name than "default" into a folder of that name.
-        adapter = model.active_adapter
+        adapter = trained_adapter(model)
         saved = load_peft_weights(str(folder if adapter == "default" else folder / adapter), device="cpu")
         if not parallel.sharded:
             set_peft_model_state_dict(model, saved, adapter_name=adapter)
