@@ -11,6 +11,7 @@ from tiny import ARCHITECTURES, make_model, make_tokenizer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import fourscore.models.forward as forward_module
 from fourscore.errors import FourscoreError
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter
 from fourscore.models.dropout import disable_dropout
@@ -173,9 +174,30 @@ def test_head_sees_completion_states_only(policy: Any) -> None:
     completion_logprobs(policy, rectangle(SAMPLES, PROMPT_LENS), 1.0)
     handle.remove()
     completion_tokens = 3 + 1 + 7 + 3
-    assert shapes == [(1, completion_tokens, len(TOKENIZER))]
-    assert not head._forward_pre_hooks, "the hook is gone, an ordinary forward is whole again"
+    assert shapes == [(0, 11, len(TOKENIZER)), (1, completion_tokens, len(TOKENIZER))]
     assert policy(input_ids=SAMPLES[0][None]).logits.shape == (1, 6, len(TOKENIZER))
+
+
+@pytest.mark.parametrize("positions", [1, 4, 5])
+def test_chunks_change_neither_numbers_nor_gradients(
+    policy: Any, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, weights = rectangle(SAMPLES, PROMPT_LENS), torch.linspace(-1, 1, 14)
+    head = policy.get_output_embeddings()
+    results = []
+    for chunk in (14, positions):
+        monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * len(TOKENIZER) * chunk)
+        shapes: list[int] = []
+        handle = head.register_forward_hook(lambda module, args, out, shapes=shapes: shapes.append(out.shape[1]))
+        logprobs, entropy = completion_logprobs(policy, batch, 0.7)
+        (logprobs * weights).sum().backward()
+        handle.remove()
+        forward, backward = shapes[1 : 1 + -(-14 // chunk)], shapes[1 + -(-14 // chunk) :]
+        assert forward == backward and sum(forward) == 14 and max(forward) == chunk
+        results.append((logprobs.detach(), entropy, [p.grad for p in policy.parameters()]))
+        policy.zero_grad(set_to_none=True)
+    assert_close(results[1][:2], results[0][:2], rtol=0, atol=1e-6)
+    assert_close(results[1][2], results[0][2], rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_equal_those_of_a_plain_forward(policy: Any, critic: Any) -> None:
@@ -186,7 +208,9 @@ def test_gradients_equal_those_of_a_plain_forward(policy: Any, critic: Any) -> N
         (critic, lambda: completion_values(critic, batch), lambda: plain_values(critic)),
     ):
         names, parameters = zip(*model.named_parameters(), strict=True)
-        got = torch.autograd.grad((ours() * weights).sum(), parameters)
+        (ours() * weights).sum().backward()
+        got = [p.grad for p in parameters]
+        model.zero_grad(set_to_none=True)
         expected = torch.autograd.grad((plain() * weights).sum(), parameters)
         for name, a, b in zip(names, got, expected, strict=True):
             assert_close(a, b, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -226,7 +250,7 @@ def test_entropy_of_a_uniform_distribution(llama: Any) -> None:
     assert_close(logprobs.detach(), -size.log().expand(14))
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"], ["lm_head"]])
 def test_logprobs_under_lora(llama: Any, targets: list[str]) -> None:
     model = add_policy_adapter(llama, LoraConfig(r=4, target_modules=targets))
     randomize(model, "lora_B")
@@ -235,6 +259,34 @@ def test_logprobs_under_lora(llama: Any, targets: list[str]) -> None:
     logprobs.sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+def test_a_head_that_trains_in_full_beside_adapters(llama: Any) -> None:
+    model = add_policy_adapter(llama, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    batch = rectangle(SAMPLES, PROMPT_LENS)
+    completion_logprobs(model, batch, 1.0)[0].sum().backward()
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    got, head.grad = head.grad, None
+    plain_logprobs(model, 1.0)[0].sum().backward()
+    assert_close(got, head.grad, rtol=1e-4, atol=1e-5)
+    assert got.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_tied_weights_under_autocast_and_checkpointing(checkpointing: bool) -> None:
+    """Autocast lends out the casts of weights that it made without a graph: the head must not get those."""
+    model = in_training(make_model("llama", TOKENIZER, "policy", tie_word_embeddings=True))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, grads = rectangle(SAMPLES, PROMPT_LENS), []
+    for ours in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs = completion_logprobs(model, batch, 1.0)[0] if ours else plain_logprobs(model, 1.0)[0]
+            logprobs.sum().backward()
+        grads.append(model.lm_head.weight.grad)
+        model.zero_grad(set_to_none=True)
+    assert grads[0].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.999
 
 
 def test_values_under_lora_read_and_train_the_adapters_head(llama_critic: Any) -> None:
@@ -265,7 +317,7 @@ def test_hooks_and_pad_token_are_put_back_after_an_error(llama: Any, llama_criti
     batch = rectangle([torch.tensor([5, 10_000, 6])], torch.tensor([1]))
     with pytest.raises(IndexError):
         completion_logprobs(llama, batch, 1.0)
-    assert not llama.lm_head._forward_pre_hooks
+    assert not llama._forward_hooks and not llama.model._forward_hooks and "forward" not in vars(llama.model)
     with pad_token_id(llama_critic, None):
         with pytest.raises(IndexError):
             completion_values(llama_critic, batch)

@@ -157,6 +157,10 @@ def adamw(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=hyper.learning_rate, betas=hyper.betas, eps=hyper.eps, weight_decay=0.0)
 
 
+def adamw_each(models: Four, hyper: Hyper) -> dict[str, torch.optim.Optimizer]:
+    return {"policy": adamw(models.policy, hyper), "value": adamw(models.value_model, hyper)}
+
+
 def assert_same_experience(e: Experience, expected: Reference) -> None:
     _, mask = padded(e.completions(), left=False)
     assert e.scores is not None
@@ -202,27 +206,28 @@ def test_pipeline_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatc
     e = score_and_shape(ours, samples(), hyper, batch_size=3)
     assert_same_experience(e, expected)
 
-    per_step = []
-    backward = update_module._backward
+    per_pass = []
+    accumulate = update_module._accumulate
 
-    def recorded(policy: Any, value: Any, batch: Experience, *rest: Any) -> Tensor:
-        sums = backward(policy, value, batch, *rest)
-        per_step.append(dict(zip(update_module._SUMS, (sums / batch.completion_lens.sum()).tolist(), strict=True)))
+    def recorded(backward: Any, batch: Experience, *rest: Any) -> Tensor:
+        sums = accumulate(backward, batch, *rest)
+        per_pass.append((sums / batch.completion_lens.sum()).tolist())
         return sums
 
-    monkeypatch.setattr(update_module, "_backward", recorded)
+    monkeypatch.setattr(update_module, "_accumulate", recorded)
     metrics = update(
         ours.policy,
         ours.value_model,
         e,
         settings(hyper, minibatch=minibatch, microbatch=microbatch),
-        [adamw(ours.policy, hyper), adamw(ours.value_model, hyper)],
+        adamw_each(ours, hyper),
         ALONE,
         torch.Generator().manual_seed(11),
         nullcontext,
     )
-    assert len(per_step) == len(expected.steps) == 2 * -(-7 // minibatch)
-    for got, step in zip(per_step, expected.steps, strict=True):
+    assert len(per_pass) == 2 * len(expected.steps) == 4 * -(-7 // minibatch)
+    for pg, vf, step in zip(per_pass[::2], per_pass[1::2], expected.steps, strict=True):
+        got = dict(zip(update_module._SUMS, pg + vf, strict=True))
         assert got == pytest.approx({name: step[name] for name in got}, rel=1e-9, abs=1e-11)
     for name in expected.steps[0]:
         mean = sum(step[name] for step in expected.steps) / len(expected.steps)
@@ -264,7 +269,7 @@ def test_lora_with_the_adapter_off_as_reference_equals_the_reference() -> None:
         ours.value_model,
         e,
         settings(hyper, minibatch=4, microbatch=2),
-        [adamw(ours.policy, hyper), adamw(ours.value_model, hyper)],
+        adamw_each(ours, hyper),
         ALONE,
         torch.Generator().manual_seed(5),
         nullcontext,
@@ -298,7 +303,10 @@ def gradients(models: Four, e: Experience, microbatch: int, parallel: Any = ALON
     }
     before = {name: p.detach().clone() for name, p in named.items()}
     one = replace(settings(Hyper(vf_coef=0.7, max_grad_norm=0.0)), epochs=1, minibatch=len(e), microbatch=microbatch)
-    sgd = [torch.optim.SGD(getattr(models, role).parameters(), lr=1.0) for role in ("policy", "value_model")]
+    sgd = {
+        "policy": torch.optim.SGD(models.policy.parameters(), lr=1.0),
+        "value": torch.optim.SGD(models.value_model.parameters(), lr=1.0),
+    }
     update(models.policy, models.value_model, e, one, sgd, parallel, torch.Generator().manual_seed(0), nullcontext)
     return {name: before[name] - p.detach() for name, p in named.items()}
 
@@ -333,6 +341,43 @@ def test_gradient_does_not_depend_on_the_order_of_samples(scored: Any, seed: int
     models, e, whole = scored
     shuffled = e.select(torch.randperm(7, generator=torch.Generator().manual_seed(seed)))
     assert_same_gradients(gradients(models.copy(), shuffled, microbatch=2), whole)
+
+
+def test_gradients_of_policy_and_value_model_are_never_held_together() -> None:
+    models, hyper = four_models(), Hyper()
+    e = score_and_shape(models, samples(), hyper, batch_size=7)
+    optimizers, held = adamw_each(models, hyper), []
+
+    def look(*_: Any) -> None:
+        held.append([any(p.grad is not None for p in m.parameters()) for m in (models.policy, models.value_model)])
+
+    for optimizer in optimizers.values():
+        optimizer.register_step_pre_hook(look)
+        optimizer.register_step_post_hook(look)
+    run = settings(hyper, epochs=1, minibatch=7, microbatch=2)
+    update(models.policy, models.value_model, e, run, optimizers, ALONE, torch.Generator(), nullcontext)
+    assert held == [[True, False], [True, False], [False, True], [False, True]]
+
+
+def test_one_optimizer_for_both_steps_once_and_as_two_would() -> None:
+    start, hyper = four_models(), Hyper()
+    results, steps = [], []
+    for joint in (False, True):
+        models = start.copy()
+        e = score_and_shape(models, samples(), hyper, batch_size=7)
+        optimizers = adamw_each(models, hyper)
+        if joint:
+            parameters = [*models.policy.parameters(), *models.value_model.parameters()]
+            optimizers = {"policy": adamw(nn.ParameterList(parameters), hyper)}
+            optimizers["policy"].register_step_post_hook(lambda *_: steps.append(1))
+        run = settings(hyper, minibatch=4, microbatch=2)
+        metrics = update(
+            models.policy, models.value_model, e, run, optimizers, ALONE, torch.Generator().manual_seed(0), nullcontext
+        )
+        results.append((models, metrics))
+    assert len(steps) == 4
+    assert results[0][1] == results[1][1]
+    assert_same_weights(results[1][0], results[0][0], moved_from=start)
 
 
 class OneOfTwo(Parallel):
@@ -374,7 +419,7 @@ def test_whole_update_on_two_processes_equals_one() -> None:
 
     def run(models: Four, e: Experience, parallel: Parallel) -> dict[str, float]:
         score_and_shape(models, e, hyper, batch_size=3, reduce=parallel.sum)
-        optimizers = [adamw(models.policy, hyper), adamw(models.value_model, hyper)]
+        optimizers = adamw_each(models, hyper)
         generator = torch.Generator().manual_seed(0)
         plan = settings(hyper, minibatch=len(e), microbatch=2)
         return update(models.policy, models.value_model, e, plan, optimizers, parallel, generator, nullcontext)

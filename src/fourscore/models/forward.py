@@ -5,9 +5,10 @@ Causal attention never looks right, so right padding needs neither a mask nor po
 tokens sit at positions 0, 1, ... whatever follows them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
+
+CHUNK_BYTES = 2**24
+"""Logits are made so many bytes at a time, in fp32."""
 
 
 @dataclass
@@ -93,8 +97,10 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
     """Logprob of each completion token, and the entropy of the distribution it was drawn from.
 
     The model's own forward runs, so whatever it does to its logits (soft-capping, scaling) is kept, and sharded
-    models gather their weights; only its head is narrowed to the completion's states, so that the
-    `[n, L, vocabulary]` logits never exist.
+    models gather their weights. Its head sees the completion's states only, a chunk of `CHUNK_BYTES` of logits at a
+    time, in the backward pass, too: the `[C, vocabulary]` logits never exist.
+
+    The gradient of the head is added to its parameters' `.grad` by `backward()`; `torch.autograd.grad` does not see it.
 
     Args:
         model: a causal LM, PEFT or plain.
@@ -103,19 +109,107 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
 
     Returns:
         logprobs `[C]` and entropies `[C]` in nats, fp32; entropies carry no gradient.
+
+    Raises:
+        FourscoreError: the model keeps its backbone where transformers does not.
     """
-    head = model.get_output_embeddings()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk = base.base_model
+    if trunk is base:
+        raise FourscoreError(
+            f"{type(base).__name__} names no backbone (base_model_prefix): use an architecture of transformers."
+        )
+    seen: list[tuple[Any, Tensor]] = []
+    entropies: list[Tensor] = []
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][batch.rows, batch.columns].unsqueeze(0), *args[1:])
+    def narrow(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if seen:
+            return output
+        states = output[0]
+        narrowed = _with_states(output, states[:0])
+        seen.append((narrowed, states[batch.rows, batch.columns]))
+        return narrowed
 
-    with _hook(head.register_forward_pre_hook(narrow)):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    distribution = logits.log_softmax(1)
-    with torch.no_grad():
-        entropy = -(distribution.exp() * distribution).sum(1)
-    return distribution.gather(1, batch.targets[:, None]).squeeze(1), entropy
+    def logits_of(states: Tensor) -> Tensor:
+        """What the model's forward makes of `[c, d]` last hidden states: `[c, vocabulary]`."""
+        with _forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
+            return type(base).forward(base, input_ids=batch.input_ids, use_cache=False).logits[0]
+
+    def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        states = seen[0][1]
+        if torch.is_grad_enabled() and not states.requires_grad:
+            states = states.detach().requires_grad_()  # nothing below the head trains, the head may
+        size = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
+        output.logits, entropy = _ChunkedLogprobs.apply(states, batch.targets, temperature, size, logits_of)
+        entropies.append(entropy)
+        return output
+
+    # FSDP2 gathers weights for the backward of what modules return, so results leave that way; and it lets go of them
+    # in hooks of its own, so ours run before those.
+    below = trunk.register_forward_hook(narrow, prepend=True)
+    above = base.register_forward_hook(hand_over, prepend=True)
+    with _hook(below), _hook(above):
+        logprobs = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logprobs, entropies[0]
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Logprobs `[C]` of targets and entropies `[C]` from states `[C, d]`; each chunk's logits are made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, temperature: float, size: int, logits_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(states, targets)
+        ctx.temperature, ctx.size, ctx.logits_of = temperature, size, logits_of
+        kind = states.device.type
+        # Without its cache: it would hand out the casts of weights that were made here, without a graph.
+        ctx.autocast = partial(
+            torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+        logprobs, entropies = [], []
+        for some, chosen in zip(states.split(size), targets.split(size), strict=True):
+            logits = _scaled(logits_of(some), temperature)
+            logits -= logits.amax(1, keepdim=True)
+            chosen_logit = logits.gather(1, chosen[:, None]).squeeze(1)
+            weights = logits.exp()
+            total = weights.sum(1)
+            logprobs.append(chosen_logit - total.log())
+            entropies.append(total.log() - weights.mul_(logits).sum(1) / total)
+        logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        states, targets = ctx.saved_tensors
+        pieces = []
+        for some, chosen, grads in zip(*(x.split(ctx.size) for x in (states, targets, grad)), strict=True):
+            some = some.detach().requires_grad_()
+            with torch.enable_grad(), ctx.autocast():
+                logits = ctx.logits_of(some)
+            # d logprob / d logits = (onehot - softmax) / temperature, written over one copy of the logits.
+            slope = _scaled(logits.detach(), ctx.temperature)
+            slope -= slope.amax(1, keepdim=True)
+            slope.exp_()
+            grads = grads[:, None] / ctx.temperature
+            slope *= -grads / slope.sum(1, keepdim=True)
+            slope.scatter_add_(1, chosen[:, None], grads)
+            logits.backward(slope.to(logits.dtype))
+            pieces.append(some.grad)
+        return torch.cat(pieces), None, None, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A copy in fp32 or wider, divided by the temperature."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    """A backbone's output with other last hidden states."""
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    return type(output)(**(dict(output) | {"last_hidden_state": states}))
 
 
 def completion_values(model: nn.Module, batch: Rectangle) -> Tensor:
@@ -205,6 +299,20 @@ def _hook(handle: RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """In this context `module` computes `forward`."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextmanager

@@ -266,7 +266,7 @@ class PPOTrainer:
             self.roles.value_model,
             experience,
             settings,
-            list(self.optimizers.values()),
+            self.optimizers,
             self.parallel,
             generator,
             self.roles.autocast,
