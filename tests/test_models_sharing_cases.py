@@ -264,8 +264,8 @@ def test_one_quantized_base(bits, base, sft_adapter, reward_adapter, opened):
     alone = {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
     for model in (models.policy, models.reward_model):
         model.eval()
-    torch.testing.assert_close(logits(models.policy), expected(base, IDS, "policy", sft_adapter, **alone))
-    torch.testing.assert_close(logits(models.reward_model), expected(base, IDS, "reward", reward_adapter, **alone))
+    assert torch.equal(logits(models.policy), expected(base, IDS, "policy", sft_adapter, **alone))
+    assert torch.equal(logits(models.reward_model), expected(base, IDS, "reward", reward_adapter, **alone))
 
 
 def test_shards_are_read_once_and_stay_mapped(tmp_path, opened):
@@ -344,6 +344,50 @@ def test_the_saved_policy_carries_the_sft_adapter_and_its_own(saved, base, tmp_p
     again = trainer()
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     torch.testing.assert_close(logits(again.model), trained)
+
+
+@pytest.mark.parametrize("case", ["full", "two backbones", "one base", "one base, 4-bit", "one base, 8-bit"])
+def test_ten_updates_leave_the_frozen_roles_as_they_were(
+    case, llama_policy, llama_reward, sft_adapter, reward_adapter, tmp_path
+):
+    paths = (sft_adapter, reward_adapter) if "one base" in case else (llama_policy, llama_reward)
+    args = PPOConfig(
+        sft_model_path=str(paths[0]),
+        reward_model_path=str(paths[1]),
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=10,
+        num_ppo_epochs=1,
+        learning_rate=1e-2,
+        response_length=3,
+        num_sample_generations=0,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    bits = {"load_in_4bit": "4-bit" in case, "load_in_8bit": "8-bit" in case}
+    models = load_models(ModelConfig(use_peft=case != "full", **bits), args)
+    data = Dataset.from_dict({"prompt": ["the film", "a good", "plot", "it was"]})
+    trainer = PPOTrainer(
+        args, models.tokenizer, models.policy, models.ref_policy, models.reward_model, data, models.value_model
+    )
+
+    def frozen_outputs():
+        # bitsandbytes computes 8 bits in another way in train mode.
+        trainer.model.eval()
+        with trainer.roles.as_reference() as ref_policy, trainer.roles.as_reward() as reward_model:
+            outputs = logits(ref_policy), logits(reward_model.eval())
+        trainer.model.train()
+        return outputs
+
+    def trained():
+        return {
+            name: {n for n, p in m.named_parameters() if p.requires_grad} for name, m in trainer.roles.trained.items()
+        }
+
+    before, names, policy = frozen_outputs(), trained(), logits(trainer.model)
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen_outputs(), strict=True))
+    assert names == trained() and not torch.equal(policy, logits(trainer.model))
 
 
 def test_roles_that_were_loaded_one_by_one_share_what_is_frozen(llama_policy, llama_reward, tmp_path):
