@@ -21,9 +21,11 @@ from fourscore.models.checkpoint import Checkpoint
 from fourscore.models.checks import check_models, check_vocabulary, has_score, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
+from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
 from fourscore.models.layout import frozen_dtype
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad, load_tokenizer
+from fourscore.models.trunk import share_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +85,15 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
     read_reward = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)
     ref_policy: Any | None = None
     if peft_config is None:
-        ref_policy, policy = _frozen_and_trained(read_policy, sft, model_args)
+        ref_policy, policy = _frozen_and_trained(read_policy, sft, model_args, training_args.freeze_layers)
     else:
         policy = add_policy_adapter(read_policy(frozen_dtype(sft, model_args)), peft_config)
-    if peft_config is None or training_args.value_training == "full":
-        reward_model, value_model = _frozen_and_trained(read_reward, reward, model_args)
+    if training_args.share_value_backbone:
+        reward_model = read_reward(frozen_dtype(reward, model_args))
+        freeze(reward_model)
+        value_model = share_trunk(policy)
+    elif peft_config is None or training_args.value_training == "full":
+        reward_model, value_model = _frozen_and_trained(read_reward, reward, model_args, training_args.freeze_layers)
     else:
         reward_model = read_reward(frozen_dtype(reward, model_args))
         freeze(reward_model)
@@ -108,19 +114,21 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig) -> Models:
 
 
 def _frozen_and_trained(
-    read: Callable[[torch.dtype], nn.Module], checkpoint: Checkpoint, model_args: ModelConfig
+    read: Callable[[torch.dtype], nn.Module], checkpoint: Checkpoint, model_args: ModelConfig, freeze_layers: int
 ) -> tuple[nn.Module, nn.Module]:
-    """A frozen model in the dtype asked for and a trained one in fp32, from one reading."""
+    """A frozen model in the dtype asked for and a trained one in fp32, from one reading; they share a frozen bottom."""
     wanted = frozen_dtype(checkpoint, model_args)
     if wanted in (torch.float32, checkpoint.dtype):
         frozen = read(wanted)
-        trained = clone_owning(frozen, torch.float32)
+        trained = clone_owning(frozen, torch.float32, keep=bottom_parameters(frozen, freeze_layers))
     else:
         # The file may hold more than the frozen copy is to keep: the trained weights must not be rounded.
         trained = read(torch.float32)
         frozen = clone_owning(trained, wanted)
     freeze(frozen)
     trained.requires_grad_(True)
+    adopt_bottom(trained, frozen, freeze_layers)
+    freeze_bottom(trained, freeze_layers)
     train_in_fp32(trained)
     return frozen, trained
 
