@@ -26,7 +26,7 @@ def fixed_completions(policy, prompts, sampling, *, synced=False):
     )
 
 
-def make_trainer(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> PPOTrainer:
+def make_trainer(out: Path, world_size: int, sft: str, reward: str, kind: str) -> PPOTrainer:
     args = PPOConfig(
         output_dir=str(out),
         sft_model_path=sft,
@@ -40,11 +40,13 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, adapter: boo
         save_steps=1,
         num_sample_generations=0,
         missing_eos_penalty=1.0,
+        freeze_layers=int(kind == "frozen"),
+        share_value_backbone=kind == "trunk",
         whiten_rewards=True,
         report_to="none",
         disable_tqdm=True,
     )
-    models = load_models(ModelConfig(use_peft=adapter), args)
+    models = load_models(ModelConfig(use_peft=kind == "lora"), args)
     return PPOTrainer(
         args=args,
         processing_class=models.tokenizer,
@@ -74,16 +76,16 @@ def check_sharing(trainer: PPOTrainer) -> None:
     assert not lines or not outside, f"{len(outside)} of {len(held - trained)} frozen tensors are copies"
 
 
-def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> None:
+def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
     trainer_module.generate = fixed_completions
-    trainer = make_trainer(out, world_size, sft, reward, adapter)
+    trainer = make_trainer(out, world_size, sft, reward, kind)
     assert trainer.parallel.world_size == world_size
     result = trainer.train().metrics
     trainer.save_model()
     check_sharing(trainer)
 
     # Weights, optimizers and schedules come back as they were: the second update is the same one again.
-    resumed = make_trainer(out, world_size, sft, reward, adapter)
+    resumed = make_trainer(out, world_size, sft, reward, kind)
     again = resumed.train(resume_from_checkpoint=str(out / "checkpoint-1")).metrics
     for name in ("objective/kl", "loss/policy_avg", "loss/value_avg", "policy/grad_norm", "value/grad_norm", "lr"):
         assert math.isclose(again[name], result[name], rel_tol=1e-5, abs_tol=1e-7), (name, again[name], result[name])
@@ -95,6 +97,6 @@ def main(out: Path, world_size: int, sft: str, reward: str, adapter: bool) -> No
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, processes, *checkpoints = sys.argv[1:]
-    for name, adapter in (("full", False), ("lora", True)):
-        main(Path(folder) / name, int(processes), *checkpoints, adapter)
+    folder, processes, kinds, *checkpoints = sys.argv[1:]
+    for kind in kinds.split(","):
+        main(Path(folder) / kind, int(processes), *checkpoints, kind)

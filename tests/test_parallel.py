@@ -11,15 +11,21 @@ import pytest
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+WEIGHTS = {
+    "full": (WHOLE, WHOLE),
+    "lora": (ADAPTER, ADAPTER),
+    "frozen": (WHOLE, WHOLE),
+    "trunk": (WHOLE, "score.safetensors"),
+}
 
 
-def launch(out: Path, checkpoints: tuple[Path, Path], *launcher: str) -> None:
+def launch(out: Path, checkpoints: tuple[Path, Path], kinds: list[str], *launcher: str) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
     world_size = "2" if launcher else "1"
-    command = [*(launcher or [sys.executable]), str(HERE / "parallel_worker.py"), str(out), world_size]
+    command = [*(launcher or [sys.executable]), str(HERE / "parallel_worker.py"), str(out), world_size, ",".join(kinds)]
     command += [str(path) for path in checkpoints]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -32,25 +38,28 @@ def tool(name: str) -> str:
 @pytest.fixture(scope="module")
 def alone(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    launch(out, (llama_policy, llama_reward))
+    launch(out, (llama_policy, llama_reward), list(WEIGHTS))
     return out
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "kinds"),
     [
-        "torchrun --standalone --nproc_per_node 2",
-        "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0",
+        ("torchrun --standalone --nproc_per_node 2", ["full", "lora", "frozen", "trunk"]),
+        (
+            "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0",
+            ["full", "lora", "frozen"],
+        ),
     ],
     ids=["ddp", "fsdp2"],
 )
 def test_two_processes_equal_one(
-    launcher: str, alone: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path
+    launcher: str, kinds: list[str], alone: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path
 ) -> None:
     program, *options = launcher.split()
-    launch(tmp_path, (llama_policy, llama_reward), tool(program), *options)
-    for training, name in WEIGHTS.items():
-        for role in (".", "value_model"):
+    launch(tmp_path, (llama_policy, llama_reward), kinds, tool(program), *options)
+    for training in kinds:
+        for role, name in zip((".", "value_model"), WEIGHTS[training], strict=True):
             ours = load_file(tmp_path / training / role / name)
             theirs = load_file(alone / training / role / name)
             assert ours.keys() == theirs.keys()

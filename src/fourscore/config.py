@@ -166,6 +166,8 @@ class PPOConfig(TrainingArguments):
     model_adapter_name: str | None = _flag("model_adapter_name", None)
     ref_adapter_name: str | None = _flag("ref_adapter_name", None)
     value_training: Literal["adapter", "full"] = _flag("value_training", "adapter")
+    freeze_layers: int = _flag("freeze_layers", 0)
+    share_value_backbone: bool = _flag("share_value_backbone", False)
 
     # Rollout
     response_length: int = _flag("response_length", 53)
@@ -365,6 +367,8 @@ class PPOConfig(TrainingArguments):
             }
         if settings and str(settings["version"]) != "2":
             raise FourscoreError("FSDP version 1 is not supported: use accelerate launch --use_fsdp --fsdp_version 2")
+        if settings and self.share_value_backbone:
+            raise FourscoreError("--share_value_backbone with FSDP is not supported: leave out one of the two")
         if str(settings.get("cpu_offload", False)).lower() == "true":
             raise FourscoreError("FSDP's CPU offload is not supported: use more processes, or --use_peft")
         if str(settings.get("activation_checkpointing", False)).lower() == "true":
@@ -403,6 +407,7 @@ class PPOConfig(TrainingArguments):
         )
         above_zero = ("temperature", "cliprange", "cliprange_value", "missing_eos_penalty", "num_train_epochs")
         not_negative = (
+            "freeze_layers",
             "stop_token_id",
             "kl_coef",
             "vf_coef",
@@ -423,6 +428,11 @@ class PPOConfig(TrainingArguments):
                     _require(holds(value) and math.isfinite(value), name, value, must)
         _require_choice("kl_estimator", self.kl_estimator, ("k1", "k3"))
         _require_choice("value_training", self.value_training, ("adapter", "full"))
+        if self.share_value_backbone and self.value_training == "full":
+            raise FourscoreError(
+                "--share_value_backbone with --value_training full: the value model has no weights but its head then; "
+                "drop one"
+            )
         _require_choice("stop_token", self.stop_token, ("eos", "none", None))
         _require_choice("max_prompt_length_action", self.max_prompt_length_action, ("drop", "truncate"))
 

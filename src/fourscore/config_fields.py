@@ -53,6 +53,16 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "What trains of the value model under PEFT, beside its head.",
             "Not in TRL, which trains the whole value model.",
         ),
+        "freeze_layers": _changed(
+            "Layers from the bottom, and the embedding, that do not train; without PEFT only.",
+            "Not in TRL. The policy holds them together with the reference, the value model with the reward model, and "
+            "a tied lm_head stays frozen with its embedding.",
+        ),
+        "share_value_backbone": _changed(
+            "Put the value head on the policy's backbone: one forward and backward for both.",
+            "Not in TRL. The head starts at zero, nothing of the reward model is used for it, and value_model/ holds "
+            "the head alone. Not under FSDP.",
+        ),
     },
     "Rollout": {
         "response_length": _honoured("Most tokens in a completion."),

@@ -39,7 +39,22 @@ def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> tuple
         if getattr(checkpoint.config, "quantization_config", None) and (full or not model_args.use_peft):
             way_out = "use --value_training adapter" if model_args.use_peft else "add --use_peft"
             raise FourscoreError(f"{checkpoint.named}: is quantized, so that adapters alone can train; {way_out}")
+    check_freeze_layers(model_args, training_args, [policy, reward])
     return policy, reward
+
+
+def check_freeze_layers(model_args: "ModelConfig", training_args: "PPOConfig", checkpoints: list[Checkpoint]) -> None:
+    """Refuses to freeze layers under adapters, or so many that none is left to train."""
+    n = training_args.freeze_layers
+    if n and model_args.use_peft:
+        raise FourscoreError(f"--freeze_layers {n} with --use_peft: every layer is frozen under adapters; drop one")
+    for checkpoint in checkpoints:
+        layers = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", None)
+        if n and layers is not None and n >= layers:
+            raise FourscoreError(
+                f"--freeze_layers {n}: {checkpoint.named} has {layers} layers, and the last one must train; "
+                f"give at most {layers - 1}"
+            )
 
 
 def check_quantization(model_args: "ModelConfig", training_args: "PPOConfig") -> None:

@@ -113,6 +113,30 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
     Raises:
         FourscoreError: the model keeps its backbone where transformers does not.
     """
+    logprobs, entropy, _ = _completion_states(model, batch, temperature)
+    return logprobs, entropy
+
+
+def completion_logprobs_and_values(
+    model: nn.Module, head: nn.Linear, batch: Rectangle, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `completion_logprobs`, with the values that a head on the same backbone gives, from one forward pass.
+
+    Args:
+        model: a causal LM, PEFT or plain, not sharded.
+        head: the value model's.
+        batch: the samples.
+        temperature: logits are divided by it, as in the rollout.
+
+    Returns:
+        logprobs, entropies and values, `[C]` each, fp32.
+    """
+    logprobs, entropy, states = _completion_states(model, batch, temperature)
+    return logprobs, entropy, _linear_in_fp32(head, states)[:, 0]
+
+
+def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs `[C]`, entropies `[C]`, and the last hidden states `[C, d]` that they were computed from."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     trunk = base.base_model
     if trunk is base:
@@ -132,7 +156,7 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
 
     def logits_of(states: Tensor) -> Tensor:
         """What the model's forward makes of `[c, d]` last hidden states: `[c, vocabulary]`."""
-        with _forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
+        with forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
             return type(base).forward(base, input_ids=batch.input_ids, use_cache=False).logits[0]
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -150,7 +174,7 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
     above = base.register_forward_hook(hand_over, prepend=True)
     with _hook(below), _hook(above):
         logprobs = model(input_ids=batch.input_ids, use_cache=False).logits
-    return logprobs, entropies[0]
+    return logprobs, entropies[0], seen[0][1]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -269,15 +293,19 @@ def score_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def _linear_in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
+    """A linear layer in fp32 or wider, whatever autocast says; `[..., outputs]`."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
+
+
 def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The score head's output at chosen positions, in fp32 whatever autocast says; `[len(rows)]`."""
     found: list[Tensor] = []
 
-    def in_fp32(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        wide = torch.promote_types(args[0].dtype, torch.float32)
-        with torch.autocast(args[0].device.type, enabled=False):
-            bias = None if module.bias is None else module.bias.to(wide)
-            found.append(F.linear(args[0].to(wide), module.weight.to(wide), bias))
+    def in_fp32(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        found.append(_linear_in_fp32(module, args[0]))
         return found[0]
 
     def hand_over(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
@@ -302,7 +330,7 @@ def _hook(handle: RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """In this context `module` computes `forward`."""
     own = vars(module).get("forward")
     module.forward = forward

@@ -1,6 +1,6 @@
 """Which weights each role stands on, decided from configs and headers alone: the loader obeys it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,10 +63,12 @@ class Layout:
     def shared(self) -> dict[str, list[str]]:
         """Roles on each backbone that hold its weights themselves, not a copy of them."""
         on = {name: [r for r, role in self.roles.items() if role.backbone == name] for name in self.backbones}
-        return {
-            name: [r for r in roles if not self.roles[r].owns or self.roles[r].frozen_layers]
-            for name, roles in on.items()
-        }
+        return {name: [r for r in roles if self._holds(r)] for name, roles in on.items()}
+
+    def _holds(self, role: str) -> bool:
+        # A head stands on whatever the policy has.
+        layout = self.roles["policy" if self.roles[role].trains == "head" else role]
+        return not layout.owns or layout.frozen_layers > 0
 
 
 def decide_layout(
@@ -78,7 +80,7 @@ def decide_layout(
         sft: the SFT checkpoint.
         reward: the reward checkpoint.
         model_args: dtype of frozen weights, PEFT, quantization.
-        training_args: `value_training`.
+        training_args: `value_training`, `freeze_layers`, `share_value_backbone`.
         on_cpu: the models are to live in host memory, where files can be mapped.
     """
     peft = model_args.use_peft
@@ -107,14 +109,17 @@ def decide_layout(
     under_policy = "sft" if sft.adapter is not None and not sft_merged else None
     under_value = "reward" if reward.adapter is not None and not reward_merged else None
     roles: dict[str, RoleLayout] = {}
+    frozen = 0 if peft else training_args.freeze_layers
     if peft:
         roles["policy"] = RoleLayout(names[0], False, "adapter", under_policy)
     else:
-        roles["policy"] = RoleLayout(names[0], True, "everything", merged=sft_merged)
+        roles["policy"] = RoleLayout(names[0], True, "everything", merged=sft_merged, frozen_layers=frozen)
         roles["ref_policy"] = RoleLayout(names[0], False, "nothing", merged=sft_merged)
     roles["reward_model"] = RoleLayout(names[1], False, "nothing", under_value, reward_merged)
-    if full_value:
-        roles["value_model"] = RoleLayout(names[1], True, "everything", merged=reward_merged)
+    if training_args.share_value_backbone:
+        roles["value_model"] = replace(roles["policy"], owns=False, trains="head")
+    elif full_value:
+        roles["value_model"] = RoleLayout(names[1], True, "everything", merged=reward_merged, frozen_layers=frozen)
     else:
         roles["value_model"] = RoleLayout(names[1], False, "adapter", under_value)
     return Layout(backbones, roles)

@@ -30,9 +30,11 @@ from fourscore.models.checkpoint import Checkpoint, safetensors_files
 from fourscore.models.checks import check_models, check_vocabulary, has_score, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
+from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
 from fourscore.models.layout import Backbone, Layout, decide_layout
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad, load_tokenizer
+from fourscore.models.trunk import share_trunk
 from fourscore.parallel import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,8 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layou
     layout = layout or decide_layout(sft, reward, model_args, training_args, on_cpu=_on_cpu(training_args))
     peft_config = get_peft_config(model_args)
     roles = layout.roles
-    policy_on, value_on = roles["policy"].backbone, roles["value_model"].backbone
+    policy_on, reward_on = roles["policy"].backbone, roles["reward_model"].backbone
+    layers = roles["policy"].frozen_layers
     device_map = _device_map(model_args, training_args)
     read_policy = _reader(sft, AutoModelForCausalLM, model_args, device_map)
     read_reward = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)
@@ -102,15 +105,16 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layou
     def owned(backbone: str) -> bool:
         return any(role.owns for role in roles.values() if role.backbone == backbone)
 
-    frozen, trained = _read(read_policy, layout.backbones[policy_on], owned(policy_on), roles["policy"].merged)
-    if value_on == policy_on:
+    on = layout.backbones[policy_on]
+    frozen, trained = _read(read_policy, on, owned(policy_on), roles["policy"].merged, layers)
+    trained_reward: Any | None
+    if reward_on == policy_on:
         head = _head(reward, model_args)
         reward_model = _classifier_on(frozen, reward, head, model_args)
         trained_reward = None if trained is None else _classifier_on(trained, reward, head, model_args)
     else:
-        reward_model, trained_reward = _read(
-            read_reward, layout.backbones[value_on], owned(value_on), roles["reward_model"].merged
-        )
+        on = layout.backbones[reward_on]
+        reward_model, trained_reward = _read(read_reward, on, owned(reward_on), roles["reward_model"].merged, layers)
     freeze(frozen)
     freeze(reward_model)
     if roles["reward_model"].adapter is not None:
@@ -121,7 +125,7 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layou
     policy: Any
     if peft_config is None:
         assert trained is not None
-        ref_policy, policy = frozen, _to_train(trained)
+        ref_policy, policy = frozen, _to_train(trained, layers)
     else:
         policy = frozen
         if roles["policy"].adapter is not None:
@@ -129,12 +133,13 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layou
             policy = add_frozen_adapter(policy, sft.adapter, "sft")
         policy = add_policy_adapter(policy, peft_config)
     value_model: Any
-    if roles["value_model"].owns:
+    if roles["value_model"].trains == "head":
+        value_model = share_trunk(policy)
+    elif roles["value_model"].owns:
         assert trained_reward is not None
-        # On one base the policy's copy is the policy's.
-        value_model = _to_train(
-            clone_owning(trained_reward, torch.float32) if value_on == policy_on else trained_reward
-        )
+        if reward_on == policy_on:  # that copy is the policy's
+            trained_reward = clone_owning(trained_reward, torch.float32, bottom_parameters(trained_reward, layers))
+        value_model = _to_train(trained_reward, layers)
     else:
         assert peft_config is not None
         value_model = add_value_adapter(clone_sharing(reward_model), peft_config)
@@ -166,24 +171,31 @@ def _device_map(model_args: ModelConfig, training_args: PPOConfig) -> dict[str, 
     return get_kbit_device_map() or {"": str(training_args.device)}
 
 
-def _read(read: Read, backbone: Backbone, owned: bool, merged: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The frozen model in the dtype asked for, and an fp32 one to train if a role owns such weights; one reading."""
-    if merged:
-        assert backbone.checkpoint.adapter is not None
-        trained = merge_adapter(read(torch.float32), backbone.checkpoint.adapter)
-        return clone_owning(trained, backbone.dtype), trained
-    if not owned:
+def _read(
+    read: Read, backbone: Backbone, owned: bool, merged: bool, frozen_layers: int
+) -> tuple[nn.Module, nn.Module | None]:
+    """The frozen model in the dtype asked for, and an fp32 one to train if a role owns such weights; one reading.
+
+    The two stand on the frozen one's lowest layers where those do not train.
+    """
+    if not merged and not owned:
         return read(backbone.dtype), None
-    if backbone.dtype in (torch.float32, backbone.checkpoint.dtype):
+    if not merged and backbone.dtype in (torch.float32, backbone.checkpoint.dtype):
         frozen = read(backbone.dtype)
-        return frozen, clone_owning(frozen, torch.float32)
+        return frozen, clone_owning(frozen, torch.float32, bottom_parameters(frozen, frozen_layers))
     # The file may hold more than the frozen copy is to keep: the trained weights must not be rounded.
     trained = read(torch.float32)
-    return clone_owning(trained, backbone.dtype), trained
+    if merged:
+        assert backbone.checkpoint.adapter is not None
+        trained = merge_adapter(trained, backbone.checkpoint.adapter)
+    frozen = clone_owning(trained, backbone.dtype)
+    adopt_bottom(trained, frozen, frozen_layers)
+    return frozen, trained
 
 
-def _to_train(model: nn.Module) -> nn.Module:
+def _to_train(model: nn.Module, frozen_layers: int) -> nn.Module:
     model.requires_grad_(True)
+    freeze_bottom(model, frozen_layers)
     train_in_fp32(model)
     return model
 

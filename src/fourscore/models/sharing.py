@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,18 @@ def clone_sharing(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
-def clone_owning(model: M, dtype: torch.dtype) -> M:
-    """A copy of `model` with its own floating point weights in `dtype`; tied weights stay tied, buffers keep theirs."""
-    memo: dict[int, Any] = {}
+def clone_owning(model: M, dtype: torch.dtype, keep: Iterable[nn.Parameter] = ()) -> M:
+    """A copy of `model` with its own floating point weights in `dtype`; tied weights stay tied, buffers keep theirs.
+
+    Args:
+        model: what is copied.
+        dtype: of the copied weights.
+        keep: Parameters of `model` that both are to hold.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in keep}
     for parameter in model.parameters():
+        if id(parameter) in memo:
+            continue
         wanted = dtype if parameter.is_floating_point() else parameter.dtype
         data = parameter.detach().to(wanted, copy=True)
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)

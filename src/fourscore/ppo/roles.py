@@ -23,7 +23,9 @@ from fourscore.models.adapters import (
 )
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
+from fourscore.models.frozen_layers import bottom_parameters, freeze_bottom, has_tied_head, same_bottom
 from fourscore.models.sharing import share_frozen
+from fourscore.models.trunk import share_trunk, shares_trunk
 from fourscore.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class Roles:
         as_reference: context manager that yields the reference policy.
         as_reward: context manager that yields the reward model.
         autocast: makes the context of every forward pass of policy and value model.
+        replays_policy: layers at the bottom of policy and reference that scoring computes once for both.
+        replays_value: layers at the bottom of value and reward model that scoring computes once for both.
     """
 
     policy: Any
@@ -50,11 +54,18 @@ class Roles:
     as_reference: Callable[[], AbstractContextManager[Any]]
     as_reward: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager]
+    replays_policy: int = 0
+    replays_value: int = 0
+
+    @property
+    def value_head(self) -> nn.Linear | None:
+        """The value model's head where that is all it has beside the policy's backbone."""
+        return score_head(self.value_model) if shares_trunk(self.policy, self.value_model) else None
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The roles that train, by name."""
-        return {"policy": self.policy, "value": self.value_model}
+        """What trains, by the name of the role."""
+        return {"policy": self.policy, "value": self.value_head or self.value_model}
 
 
 def prepare_roles(
@@ -73,14 +84,20 @@ def prepare_roles(
         policy: causal LM, plain or PEFT.
         ref_policy: causal LM; None for the policy with its adapter off, or without PEFT for a frozen copy.
         reward_model: sequence classifier with one label.
-        value_model: sequence classifier with one label, another object than `reward_model`.
+        value_model: sequence classifier with one label, another object than `reward_model`; None, or one on the
+            policy's backbone, with `--share_value_backbone`.
         peft_config: wraps a plain policy, and unless `--value_training full` the value model, too.
         parallel: the processes.
 
     Raises:
         FourscoreError: models that cannot be these roles.
     """
+    if args.share_value_backbone and not shares_trunk(policy, value_model):
+        if value_model is not None:
+            logger.warning("--share_value_backbone: the value_model that was given is not used")
+        value_model = share_trunk(policy)
     _check(policy, ref_policy, reward_model, value_model, peft_config)
+    shared_trunk = shares_trunk(policy, value_model)
     quantized = any(getattr(m, "is_quantized", False) for m in (policy, value_model))
     if peft_config is not None:
         policy = add_policy_adapter(policy, peft_config)
@@ -97,16 +114,30 @@ def prepare_roles(
             "quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit."
         )
     freeze(reward_model)
-    if under_peft and not isinstance(value_model, PeftModel) and args.value_training == "adapter":
+    adaptable = under_peft and not shared_trunk and not isinstance(value_model, PeftModel)
+    if adaptable and args.value_training == "adapter":
         value_model = add_value_adapter(value_model, peft_config or policy.peft_config[trained_adapter(policy)])
-    elif getattr(value_model, "is_quantized", False) and not isinstance(value_model, PeftModel):
+    elif adaptable and getattr(value_model, "is_quantized", False):
         raise FourscoreError("--value_training full cannot train quantized weights: leave it out.")
+    if args.freeze_layers:
+        if under_peft:
+            raise FourscoreError(
+                f"--freeze_layers {args.freeze_layers} with an adapter: every layer is frozen then; drop one"
+            )
+        for model in (policy,) if shared_trunk else (policy, value_model):
+            freeze_bottom(model, args.freeze_layers)
     if ref_policy is None and not under_peft:
-        ref_policy = copy.deepcopy(policy)
+        bottom = bottom_parameters(policy, args.freeze_layers)
+        ref_policy = copy.deepcopy(policy, {id(parameter): parameter for parameter in bottom})
     if ref_policy is not None:
         freeze(ref_policy)
-    if freed := share_frozen([m for m in (ref_policy, reward_model, value_model, policy) if m is not None]):
+    # With a shared trunk the value model has nothing of its own to share.
+    frozen = [ref_policy, reward_model, None if shared_trunk else value_model, policy]
+    if freed := share_frozen([model for model in frozen if model is not None]):
         logger.info("models that came from one checkpoint share %.2f GiB of frozen weights", freed / 2**30)
+    if args.freeze_layers:
+        tied = ", and lm_head, which is tied to it" if has_tied_head(policy) else ""
+        logger.info("frozen: %d layers and the embedding%s", args.freeze_layers, tied)
     for model in (policy, value_model, reward_model, ref_policy):
         if model is not None:
             disable_dropout(model)
@@ -117,7 +148,7 @@ def prepare_roles(
     autocast_dtype = _autocast_dtype(args, policy, value_model)
     _make_savable(policy)
     if args.gradient_checkpointing:
-        for model in (policy, value_model):
+        for model in (policy,) if shared_trunk else (policy, value_model):
             if isinstance(model, PeftModel):
                 model.enable_input_require_grads()  # frozen embeddings would cut the graph of reentrant checkpointing
             model.gradient_checkpointing_enable({"use_reentrant": False} | (args.gradient_checkpointing_kwargs or {}))
@@ -125,7 +156,7 @@ def prepare_roles(
     # The reward model scores outside of autocast, so it is gathered in its own dtype, too.
     to_place: list[tuple[Any, torch.dtype | None]] = [
         (policy, autocast_dtype),
-        (value_model, autocast_dtype),
+        (score_head(value_model) if shared_trunk else value_model, autocast_dtype),
         (ref_policy, autocast_dtype),
         (reward_model, None),
     ]
@@ -141,7 +172,20 @@ def prepare_roles(
     as_reference: Callable[[], AbstractContextManager[Any]] = partial(nullcontext, ref_policy)
     if ref_policy is None:
         as_reference = partial(reference, policy, args.ref_adapter_name, args.model_adapter_name)
-    return Roles(policy, ref_policy, reward_model, value_model, as_reference, as_reward, autocast)
+    layers = 0 if parallel.sharded else args.freeze_layers  # FSDP2 has given each model weights of its own
+    # The reward model knows no autocast: what the value model computes under it is another number.
+    value_layers = 0 if shared_trunk or autocast_dtype is not None else layers
+    return Roles(
+        policy,
+        ref_policy,
+        reward_model,
+        value_model,
+        as_reference,
+        as_reward,
+        autocast,
+        replays_policy=layers if ref_policy is not None and same_bottom(policy, ref_policy, layers) else 0,
+        replays_value=value_layers if same_bottom(value_model, reward_model, value_layers) else 0,
+    )
 
 
 def _stands_on(reward_model: nn.Module, value_model: nn.Module) -> bool:
@@ -151,6 +195,8 @@ def _stands_on(reward_model: nn.Module, value_model: nn.Module) -> bool:
 
 
 def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None) -> None:
+    if value_model is None:
+        raise FourscoreError("value_model is missing: pass one, or set share_value_backbone.")
     if ref_policy is policy:
         raise FourscoreError("ref_model and model are the same object: pass a copy, or None for a frozen copy.")
     if reward_model is value_model:

@@ -1,4 +1,4 @@
-"""What the roles say of a rollout: logprobs, reference logprobs, values."""
+"""What the roles say of a rollout: logprobs, reference logprobs, values; and scores where they share a forward."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,7 +6,17 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from fourscore.models.forward import completion_logprobs, completion_values, microbatches, rectangle, scatter_back
+from fourscore.models.forward import (
+    Rectangle,
+    completion_logprobs,
+    completion_logprobs_and_values,
+    completion_values,
+    microbatches,
+    rectangle,
+    sample_scores,
+    scatter_back,
+)
+from fourscore.models.frozen_layers import recorded, replayed
 from fourscore.ppo.experience import Experience
 
 Autocast = Callable[[], AbstractContextManager]
@@ -25,7 +35,7 @@ def logprobs_of(
         batch_size: samples a forward pass.
         autocast: makes the context of the forward passes.
     """
-    return _per_token(experience, batch_size, autocast, lambda batch: completion_logprobs(model, batch, temperature)[0])
+    return policy_of(model, experience, temperature, batch_size, autocast)[0]
 
 
 @torch.no_grad()
@@ -38,15 +48,91 @@ def values_of(value_model: nn.Module, experience: Experience, batch_size: int, a
         batch_size: samples a forward pass.
         autocast: makes the context of the forward passes.
     """
-    return _per_token(experience, batch_size, autocast, lambda batch: completion_values(value_model, batch))
+    return _per_token(experience, batch_size, autocast, lambda batch: [completion_values(value_model, batch)])[0]
 
 
-def _per_token(experience: Experience, batch_size: int, autocast: Autocast, forward: Callable) -> Tensor:
+@torch.no_grad()
+def policy_of(
+    policy: nn.Module,
+    experience: Experience,
+    temperature: float,
+    batch_size: int,
+    autocast: Autocast,
+    *,
+    head: nn.Linear | None = None,
+    reference: nn.Module | None = None,
+    shared_layers: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What shares a forward pass with the policy's logprobs, or a part of one.
+
+    Args:
+        policy: causal LM.
+        experience: samples.
+        temperature: the rollout's.
+        batch_size: samples a forward pass.
+        autocast: makes the context of the forward passes.
+        head: a value head on the policy's backbone.
+        reference: a causal LM on the policy's frozen bottom.
+        shared_layers: layers of that bottom, which are computed once for the two.
+
+    Returns:
+        logprobs, values and reference logprobs, `[C]` each, fp32; the latter two None if there is no `head` or no
+        `reference`.
+    """
+
+    def forward(batch: Rectangle) -> list[Tensor]:
+        with recorded(policy, shared_layers) as bottom:
+            if head is None:
+                out = [completion_logprobs(policy, batch, temperature)[0]]
+            else:
+                logprobs, _, values = completion_logprobs_and_values(policy, head, batch, temperature)
+                out = [logprobs, values]
+        if reference is not None:
+            with replayed(reference, shared_layers, bottom):
+                out.append(completion_logprobs(reference, batch, temperature)[0])
+        return out
+
+    logprobs, *rest = _per_token(experience, batch_size, autocast, forward)
+    values = rest.pop(0) if head is not None else None
+    return logprobs, values, rest[0] if rest else None
+
+
+@torch.no_grad()
+def values_and_scores_of(
+    value_model: nn.Module, reward_model: nn.Module, experience: Experience, batch_size: int, shared_layers: int
+) -> tuple[Tensor, Tensor]:
+    """Values and scores of two models on one frozen bottom, which is computed once; without autocast.
+
+    Args:
+        value_model: sequence classifier.
+        reward_model: sequence classifier on the same bottom.
+        experience: samples.
+        batch_size: samples a forward pass.
+        shared_layers: layers of the bottom.
+
+    Returns:
+        values `[C]` and scores `[n]`, fp32.
+    """
+    samples = experience.samples()
+    order = microbatches(experience.lens, batch_size)
+    values, scores = [], []
+    for group in order:
+        some = [samples[i] for i in group.tolist()]
+        with recorded(value_model, shared_layers) as bottom:
+            values.append(completion_values(value_model, rectangle(some, experience.prompt_lens[group])))
+        with replayed(reward_model, shared_layers, bottom):
+            scores.append(sample_scores(reward_model, some))
+    return scatter_back(values, order, experience.completion_lens), scatter_back(scores, order)
+
+
+def _per_token(
+    experience: Experience, batch_size: int, autocast: Autocast, forward: Callable[[Rectangle], list[Tensor]]
+) -> list[Tensor]:
+    """Each of the results of `forward`, `[C]`."""
     samples = experience.samples()
     order = microbatches(experience.lens, batch_size)
     pieces = []
     with autocast():
         for group in order:
-            batch = rectangle([samples[i] for i in group.tolist()], experience.prompt_lens[group])
-            pieces.append(forward(batch))
-    return scatter_back(pieces, order, experience.completion_lens)
+            pieces.append(forward(rectangle([samples[i] for i in group.tolist()], experience.prompt_lens[group])))
+    return [scatter_back(list(each), order, experience.completion_lens) for each in zip(*pieces, strict=True)]

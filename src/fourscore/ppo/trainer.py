@@ -26,7 +26,7 @@ from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.ppo.objective import objective_metrics
 from fourscore.ppo.optim import build_optimizer, build_schedule
 from fourscore.ppo.roles import prepare_roles
-from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.ppo.scoring import logprobs_of, policy_of, values_and_scores_of, values_of
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.model import score
 from fourscore.rollout.transformers import Sampling, generate, overridden_settings
@@ -61,7 +61,8 @@ class PPOTrainer:
         ref_model: reference policy. None: with PEFT the policy with its adapter off, else a frozen copy.
         reward_model: sequence classifier with one label.
         train_dataset: rows with `input_ids`, or with a `prompt` that is text or a conversation.
-        value_model: sequence classifier with one label.
+        value_model: sequence classifier with one label. With `args.share_value_backbone` it is None (another one is
+            ignored with a warning): its backbone is the policy's, and its head starts at zero.
         data_collator: called on a list of rows; its `input_ids` are the prompts, where its `attention_mask` is 1.
         eval_dataset: prompts for `evaluate` and `generate_completions`.
         optimizers: an optimizer over both policy and value model, and its schedule; built from `args` where None.
@@ -88,7 +89,7 @@ class PPOTrainer:
         ref_model: Any | None,
         reward_model: Any,
         train_dataset: Dataset,
-        value_model: Any,
+        value_model: Any | None,
         data_collator: Any | None = None,
         eval_dataset: Dataset | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
@@ -106,7 +107,7 @@ class PPOTrainer:
         if args.eval_strategy != "no" and self.eval_dataset is None:
             raise FourscoreError(f"--eval_strategy {args.eval_strategy} needs an eval_dataset (or use 'no').")
         self.data_collator = data_collator
-        self._check_lengths([model, reward_model, value_model])
+        self._check_lengths([m for m in (model, reward_model, value_model) if m is not None])
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
 
         # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
@@ -215,15 +216,30 @@ class PPOTrainer:
     def _score(self, experience: Experience) -> None:
         args, roles = self.args, self.roles
         size = args.local_rollout_forward_batch_size
-        experience.logprobs = logprobs_of(roles.policy, experience, args.temperature, size, roles.autocast)
-        with roles.as_reference() as reference:
-            experience.ref_logprobs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
-        experience.values = values_of(roles.value_model, experience, size, roles.autocast)
-        experience.scores = self._scores(experience)
+        experience.logprobs, experience.values, experience.ref_logprobs = policy_of(
+            roles.policy,
+            experience,
+            args.temperature,
+            size,
+            roles.autocast,
+            head=roles.value_head,
+            reference=roles.ref_policy if roles.replays_policy else None,
+            shared_layers=roles.replays_policy,
+        )
+        if experience.ref_logprobs is None:
+            with roles.as_reference() as reference:
+                experience.ref_logprobs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
+        if roles.replays_value:
+            experience.values, scores = values_and_scores_of(
+                roles.value_model, roles.reward_model, experience, size, roles.replays_value
+            )
+        else:
+            if experience.values is None:
+                experience.values = values_of(roles.value_model, experience, size, roles.autocast)
+            scores = self._reward_scores(experience)
+        experience.scores = self._with_penalty(scores, experience)
 
-    @torch.no_grad()
-    def _scores(self, experience: Experience) -> torch.Tensor:
-        scores = self._reward_scores(experience)
+    def _with_penalty(self, scores: torch.Tensor, experience: Experience) -> torch.Tensor:
         if not scores.isfinite().all():
             raise FourscoreError(
                 "the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype."
@@ -404,8 +420,8 @@ class PPOTrainer:
         """
         folder = Path(output_dir or self.args.output_dir)
         with checkpoint.disk_errors_named(folder):
-            checkpoint.save_weights(self.model, folder, self.parallel, combined=True)
-            checkpoint.save_weights(self.value_model, folder / "value_model", self.parallel, combined=True)
+            for name, place in self._checkpointed().folders(folder).items():
+                checkpoint.save_weights(self.roles.trained[name], place, self.parallel, combined=True)
             if self.parallel.is_main:
                 self._tokenizer_to_save().save_pretrained(folder)
                 updates = [row for row in self.state.log_history if "objective/scores" in row]
@@ -649,6 +665,7 @@ class PPOTrainer:
         return {
             "base_model": self.model.config._name_or_path,
             "adapter": hasattr(self.model, "peft_config"),
+            "value_head": self.roles.value_head is not None,
             "dataset": next((c.dataset_name for c in self.run_config if hasattr(c, "dataset_name")), None),
         }
 

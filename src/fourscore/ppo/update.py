@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fourscore.models.forward import (
     Rectangle,
     completion_logprobs,
+    completion_logprobs_and_values,
     completion_values,
     microbatches,
     rectangle,
+    score_head,
 )
+from fourscore.models.trunk import shares_trunk
 from fourscore.parallel import Parallel, clip_gradients
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.losses import policy_loss, value_loss
@@ -65,11 +68,12 @@ def update(
     they do not depend on how samples fall into microbatches or onto processes.
 
     A minibatch trains the policy, then the value model: all backward passes of a role, then its optimizer's step. So
-    gradients of the two are never held together.
+    gradients of the two are never held together. Where the value model is a head on the policy's backbone, both losses
+    go through one forward and one backward pass instead.
 
     Args:
         policy: causal LM.
-        value_model: sequence classifier with one label.
+        value_model: sequence classifier with one label, of its own or on the policy's backbone.
         experience: this process's samples, complete.
         settings: sizes and coefficients.
         optimizers: that of `policy` and that of `value`; without the latter one steps for both, on gradients of both.
@@ -81,12 +85,15 @@ def update(
         metrics under TRL's names, each a mean over completion tokens for a minibatch, then over minibatches and
         epochs; `val/ratio_var` is the variance of the minibatches' mean ratios.
     """
-    roles = {"policy": policy, "value": value_model}
-    trained = {name: [p for p in model.parameters() if p.requires_grad] for name, model in roles.items()}
+    roles: dict[str, nn.Module] = {"policy": policy, "value": value_model}
     passes: list[tuple[Backward, list[str]]] = [
         (partial(_policy_backward, policy, settings, autocast), ["policy"]),
         (partial(_value_backward, value_model, settings, autocast), ["value"]),
     ]
+    if shares_trunk(policy, value_model):
+        roles["value"] = head = score_head(value_model)
+        passes = [(partial(_joint_backward, policy, head, settings, autocast), ["policy", "value"])]
+    trained = {name: [p for p in model.parameters() if p.requires_grad] for name, model in roles.items()}
     rows: list[Tensor] = []
     norms: dict[str, list[Tensor]] = {"policy": [], "value": []}
     for _ in range(settings.epochs):
@@ -142,6 +149,19 @@ def _value_backward(
     loss, sums = _value_terms(values, micro, settings)
     (settings.vf_coef * loss * scale).backward()
     return sums
+
+
+def _joint_backward(
+    policy: nn.Module, head: nn.Linear, settings: UpdateSettings, autocast: Autocast, micro: Experience, scale: float
+) -> list[Tensor]:
+    with autocast():
+        logprobs, entropy, values = completion_logprobs_and_values(
+            policy, head, _rectangle(micro), settings.temperature
+        )
+    pg, policy_sums = _policy_terms(logprobs, entropy, micro, settings)
+    vf, value_sums = _value_terms(values, micro, settings)
+    ((pg + settings.vf_coef * vf) * scale).backward()
+    return policy_sums + value_sums
 
 
 def _policy_terms(

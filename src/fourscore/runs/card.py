@@ -51,7 +51,8 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
         args: Settings of the run, with its batch sizes resolved.
         info: What `args` does not know, every key optional: `base_model` and `reward_model` (hub name or path, where
             they are not those that `args` names), `dataset` (hub name or path), `adapter` (bool: the saved policy is a
-            PEFT adapter), `peft` (a mapping of LoRA settings to show).
+            PEFT adapter), `value_head` (bool: the value model is a head on the policy), `peft` (a mapping of LoRA
+            settings to show).
         metrics: The last update's metrics. Those that are not a number are left out.
 
     Returns:
@@ -83,7 +84,9 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
         f"{trained}, by fourscore.",
         "## Use",
         _usage(args.hub_model_id or str(args.output_dir), adapter),
-        "The folder `value_model` holds the value model that was trained beside it.",
+        "The folder `value_model` holds the value head, which stands on this model's last hidden states."
+        if info.get("value_head")
+        else "The folder `value_model` holds the value model that was trained beside it.",
         "## Hyperparameters",
         _table(("name", "value"), _hyperparameters(args, info)),
     ]

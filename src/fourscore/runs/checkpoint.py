@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,6 +32,8 @@ from fourscore.runs import directory
 OPTIMIZERS = "optimizers.pt"
 RNG = "rng.pt"
 STATE = "trainer_state.json"
+HEAD = "score.safetensors"
+"""A value head on the policy's backbone, which is all that its value model has of its own."""
 
 
 @dataclass
@@ -163,7 +166,7 @@ def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
 
 
 def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool = False) -> None:
-    """Write a role as `from_pretrained` reads it: whole weights, or the adapter under PEFT.
+    """Write a role as `from_pretrained` reads it: whole weights, or the adapter under PEFT; of a mere head, a file.
 
     Every process calls it; only the main one writes.
 
@@ -173,6 +176,12 @@ def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool
         parallel: the processes.
         combined: where it trains on top of a frozen adapter, write both as one; else each goes into its folder.
     """
+    if isinstance(model, nn.Linear):
+        if parallel.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({f"score.{name}": p.detach() for name, p in model.named_parameters()}, folder / HEAD)
+        parallel.barrier()
+        return
     state = None
     if parallel.sharded:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -184,7 +193,10 @@ def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool
 
 
 def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
-    """Read back what `save_weights` wrote, into the role's own parameters."""
+    """Read back what `save_weights` wrote, into the role's own parameters; those that do not train stay as they are."""
+    if isinstance(model, nn.Linear):
+        model.load_state_dict({key.removeprefix("score."): p for key, p in load_file(folder / HEAD).items()})
+        return
     if isinstance(model, PeftModel):
         # PEFT writes an adapter of another name than "default" into a folder of that name.
         adapter = trained_adapter(model)
@@ -200,7 +212,9 @@ def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
     else:
         weights = type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
         if not parallel.sharded:
-            model.load_state_dict(weights)
+            # Frozen layers are mapped from a file, or another role's, too: they are not to be written to.
+            trained = {name: weights[name] for name, p in model.named_parameters() if p.requires_grad}
+            model.load_state_dict(trained, strict=False)
             return
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
