@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench clean
+.PHONY: demo demo-seeds test lint bench bench-load bench-memory clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -26,6 +26,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/update.py
+
+# Against TRL 1.12.0, which gets an environment of its own in .bench on first use. FLAGS="--help" shows what can be set.
+bench-load: $(VENV)/.installed
+	$(BIN)/python benchmarks/load.py $(FLAGS)
+
+bench-memory: $(VENV)/.installed
+	$(BIN)/python benchmarks/update_memory.py $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
