@@ -55,7 +55,7 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
     for target, tensor in saved.items():
         owner = model.get_submodule(target.rpartition(".")[0])
         before = getattr(owner, target.rpartition(".")[2])
-        weight = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=False)
+        weight = nn.Parameter(tensor.to(before.device, before.dtype, copy=True), requires_grad=False)
         setattr(owner, target.rpartition(".")[2], weight)
     config: Any = copy.deepcopy(adapter.config)
     config.modules_to_save = None
