@@ -121,6 +121,7 @@ def test_a_failing_case_is_reported_and_not_repeated(tmp_path: Path) -> None:
 def test_ratio_of_medians_against_its_aim() -> None:
     trl = [{"anon": 10.0}, {"anon": 1000.0}, {"anon": 20.0}]
     assert ratio([{"anon": 4.0}], trl, "anon") == "0.20"
-    assert ratio([{"anon": 4.0}], trl, "anon", aim=0.2) == "0.20 (≤ 0.20)"
-    assert ratio([{"anon": 5.0}], trl, "anon", aim=0.2) == "0.25 (> 0.20)"
+    assert ratio([{"anon": 4.0}], trl, "anon", aim=0.2) == "0.200 (≤ 0.20)"
+    assert ratio([{"anon": 4.02}], trl, "anon", aim=0.2) == "0.201 (> 0.20)"
+    assert ratio([{"anon": 5.0}], trl, "anon", aim=0.2) == "0.250 (> 0.20)"
     assert ratio([{"anon": 5.0}], [{"failed": "no memory"}], "anon", aim=0.2) == ""
