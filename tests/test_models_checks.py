@@ -1,22 +1,25 @@
 import json
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from tiny import make_checkpoint, make_model, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.errors import FourscoreError
-from fourscore.models import checkpoint, loading
+from fourscore.models import checkpoint, checks, loading
+from fourscore.models.checkpoint import inspect_checkpoint
 from fourscore.models.loading import load_models
 
 
 def _refused(monkeypatch, policy, reward, match, value_training="adapter", **model_args):
-    """The flags are refused with this message, on one line, before a weight is read."""
+    """The flags are refused with this message, on a line that starts with a flag, before a weight is read."""
 
     def read(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -26,7 +29,7 @@ def _refused(monkeypatch, policy, reward, match, value_training="adapter", **mod
     args = PPOConfig(sft_model_path=str(policy), reward_model_path=str(reward), value_training=value_training)
     with pytest.raises(FourscoreError, match=match) as error:
         load_models(ModelConfig(**model_args), args)
-    assert "\n" not in str(error.value)
+    assert all(line.startswith("--") for line in error.value.lines)
 
 
 def test_missing_folder(monkeypatch, llama_policy, llama_reward, tmp_path):
@@ -80,7 +83,7 @@ def test_roles_swapped(monkeypatch, llama_policy, llama_reward):
 
 def test_untrained_head_of_a_bin_checkpoint(monkeypatch, llama_policy, tmp_path):
     path = make_checkpoint("llama", tmp_path, "policy", safe_serialization=False)
-    _refused(monkeypatch, llama_policy, path, "no trained `score` head")
+    _refused(monkeypatch, llama_policy, path, "no trained `score` head", allow_pickle=True)
 
 
 def test_several_labels(monkeypatch, llama_policy, tmp_path):
@@ -154,11 +157,99 @@ def test_weights_missing_from_the_policy(llama_reward, tmp_path):
 
 
 def test_checks_take_no_time(llama_policy, llama_reward):
-    from fourscore.models.checks import check_models
-
     start = time.time()
-    policy, reward = check_models(
+    policy, reward = checks.check_models(
         ModelConfig(), PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(llama_reward))
     )
     assert time.time() - start < 2
     assert policy.dtype == reward.dtype == torch.float32 and policy.embedding_rows == 300
+
+
+def test_all_that_is_wrong_is_said_at_once(monkeypatch, llama_policy, tmp_path):
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
+    reward = make_checkpoint("llama", tmp_path / "reward", "reward", num_labels=3)
+    args = PPOConfig(sft_model_path=str(tmp_path / "none"), reward_model_path=str(reward))
+    model_args = ModelConfig(use_peft=True, lora_target_modules=["q_prj"], attn_implementation="fast")
+    with pytest.raises(FourscoreError) as error:
+        load_models(model_args, args)
+    named = [line.split()[0] for line in error.value.lines]
+    assert named == ["--sft_model_path", "--reward_model_path", "--attn_implementation"]
+    model_args.attn_implementation = None
+    with pytest.raises(FourscoreError) as error:
+        load_models(model_args, args)
+    assert [line.split()[0] for line in error.value.lines] == [*named[:2], "--lora_target_modules"]
+    assert "did you mean q_proj?" in str(error.value)
+
+
+def test_one_name_of_a_module_is_a_name(llama_policy, llama_reward):
+    args = PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(llama_reward))
+    models = load_models(ModelConfig(use_peft=True, lora_target_modules=["q_proj"]), args)
+    adapted = {name.split(".")[-4] for name, p in models.policy.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj"}
+
+
+# ------------------------------------------------------------------------------------------------ the hub and its cache
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """Puts a folder into a hub cache as `owner/name` and returns the copy."""
+
+    def put(folder):
+        home = tmp_path / "hub" / "models--owner--name"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("abc")
+        monkeypatch.setattr(checkpoint.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        return shutil.copytree(folder, home / "snapshots" / "abc")
+
+    return put
+
+
+def test_cached_shards_are_checked_one_by_one(cached, tmp_path):
+    model = make_model("llama", make_tokenizer())
+    model.save_pretrained(tmp_path / "whole", max_shard_size="200KB")
+    copy = cached(tmp_path / "whole")
+    found = inspect_checkpoint("--sft_model_path", "owner/name", ModelConfig())
+    assert found.weights >= set(model.state_dict()) and found.identity != ("owner/name", "main")
+    same = inspect_checkpoint("--sft_model_path", str(copy), ModelConfig())
+    assert same.identity == found.identity
+    shard = sorted(copy.glob("*.safetensors"))[-1]
+    shard.unlink()
+    with pytest.raises(FourscoreError, match=f"owner/name: .* names {shard.name}, which is not there"):
+        inspect_checkpoint("--sft_model_path", "owner/name", ModelConfig())
+
+
+def test_cached_config_without_weights(cached, llama_policy):
+    (cached(llama_policy) / "model.safetensors").unlink()
+    with pytest.raises(FourscoreError, match="owner/name: no weights in the hub cache"):
+        inspect_checkpoint("--sft_model_path", "owner/name", ModelConfig())
+
+
+def test_adapter_in_the_hub_cache(cached, llama_reward, llama_policy, tmp_path):
+    adapted = get_peft_model(make_model("llama", make_tokenizer()), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    adapted.peft_config["default"].base_model_name_or_path = str(llama_policy)
+    adapted.save_pretrained(tmp_path / "adapter")
+    cached(tmp_path / "adapter")
+    found = inspect_checkpoint("--sft_model_path", "owner/name", ModelConfig())
+    assert found.path == str(llama_policy) and found.adapter.path == "owner/name"
+    assert any("lora_A" in name for name in found.adapter.tensors)
+    assert found.named == "--sft_model_path owner/name"
+
+
+def test_pickles_on_the_hub(monkeypatch):
+    files = ("config.json", "pytorch_model-00001-of-00002.bin", "tokenizer.json")
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(checkpoint.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "HfApi", lambda: SimpleNamespace(model_info=lambda *args, **kwargs: info))
+    with pytest.raises(FourscoreError, match=r"a, b = 'owner/name', 'name-safetensors'; .*revision='v1'"):
+        inspect_checkpoint("--sft_model_path", "owner/name", ModelConfig(model_revision="v1"))
+
+
+def test_reward_adapter_with_its_head(llama_policy, tmp_path):
+    adapted = get_peft_model(make_model("llama", make_tokenizer(), "reward"), LoraConfig(task_type=TaskType.SEQ_CLS))
+    adapted.peft_config["default"].base_model_name_or_path = str(llama_policy)
+    adapted.save_pretrained(tmp_path)
+    _, reward = checks.check_models(
+        ModelConfig(), PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(tmp_path))
+    )
+    assert reward.adapter is not None and reward.path == str(llama_policy)

@@ -206,7 +206,7 @@ def test_untrained_head_is_taken_when_allowed(llama_policy):
 def test_bin_checkpoints_load(tmp_path):
     policy = make_checkpoint("llama", tmp_path / "policy", "policy", safe_serialization=False)
     reward = make_checkpoint("llama", tmp_path / "reward", "reward", safe_serialization=False)
-    _load(policy, reward)
+    _load(policy, reward, allow_pickle=True)
 
 
 def test_pad_ids_outside_the_embedding_are_dropped(tmp_path):

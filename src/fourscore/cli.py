@@ -6,7 +6,8 @@ is kept next to this file, and a typing error in the command name costs no wait.
 
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from fourscore import __version__
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `fourscore`; default: those of this process.
 
     Returns:
-        The exit status: 0 done, 2 bad input (one line on stderr says what), 130 stopped with Ctrl-C.
+        The exit status: 0 done, 2 bad input (a line on stderr for each thing that is wrong), 130 stopped with Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
@@ -53,8 +54,13 @@ def main(argv: list[str] | None = None) -> int:
             raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
         return commands[command](rest)
     except FourscoreError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        _print_lines("error:", error.lines)
         return 2
+
+
+def _print_lines(level: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        print(level, " ".join(line.split()), file=sys.stderr)
 
 
 def _demo(argv: list[str]) -> int:
@@ -76,7 +82,10 @@ def _ppo(argv: list[str]) -> int:
         return 0
     output_dir = None
     try:
-        script_args, training_args, model_args = parse_ppo(argv)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default", UserWarning)
+            script_args, training_args, model_args = parse_ppo(argv)
+        _print_lines("warning:", dict.fromkeys(str(warning.message) for warning in said))
         output_dir = training_args.output_dir
         _train(script_args, training_args, model_args)
     except KeyboardInterrupt:
@@ -86,19 +95,21 @@ def _ppo(argv: list[str]) -> int:
 
 
 def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> None:
-    from fourscore.data import load_prompts
     from fourscore.models.loading import load_models
     from fourscore.ppo.trainer import PPOTrainer
-    from fourscore.runs import directory
+    from fourscore.preflight import preflight
     from fourscore.runs.logs import set_up_logging
 
     set_up_logging(training_args)
     resume = _resume(training_args.resume_from_checkpoint)
-    # Every process looks before any of them can write there, so that all of them stop in the same way.
-    directory.check(str(training_args.output_dir), resume)
+    # Every process looks before any of them can write anything, so that all of them stop in the same way.
+    checked = preflight(script_args, training_args, model_args, resume)
+    if training_args.process_index == 0:
+        _print_lines("warning:", checked.findings.warnings)
+    checked.findings.raise_errors()
+    assert checked.train_dataset is not None
     training_args.distributed_state.wait_for_everyone()
-    models = load_models(model_args, training_args)
-    train_dataset, eval_dataset = load_prompts(script_args, training_args, models.tokenizer)
+    models = load_models(model_args, training_args, inspected=checked.models)
     trainer = PPOTrainer(
         args=training_args,
         processing_class=models.tokenizer,
@@ -106,8 +117,8 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
         ref_model=models.ref_policy,
         reward_model=models.reward_model,
         value_model=models.value_model,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=checked.train_dataset,
+        eval_dataset=checked.eval_dataset,
     )
     trainer.run_config = [script_args, training_args, model_args]
     trainer.train(resume_from_checkpoint=resume)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fourscore import demo
 from fourscore.config_fields import FIELDS, field_default, help_text
-from fourscore.errors import FourscoreError
+from fourscore.errors import Findings, FourscoreError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -78,10 +79,10 @@ def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 @dataclass
 class ModelConfig:
-    """Which checkpoints are loaded and how: TRL 1.12's fields, and two more.
+    """Which checkpoints are loaded and how: TRL 1.12's fields, and a few more.
 
     Raises:
-        FourscoreError: a value out of range, or two that exclude each other.
+        FourscoreError: values out of range, or two that exclude each other; a line each.
     """
 
     model_name_or_path: str | None = _option("Tokenizer only (default: that of sft_model_path).", None)
@@ -91,6 +92,7 @@ class ModelConfig:
     )
     attn_implementation: str | None = _option("Attention, such as sdpa, eager or flash_attention_2.", None)
     trust_remote_code: bool = _option("Run model code that comes with a checkpoint.", False)
+    allow_pickle: bool = _option("Read checkpoints that are pickles (.bin); reading one can run its code.", False)
     allow_untrained_reward_head: bool = _option("Accept a reward checkpoint whose score head is noise.", False)
     use_peft: bool = _option("Train LoRA adapters; without them the policy is its reference.", False)
     lora_r: int = _option("LoRA rank.", 16)
@@ -112,15 +114,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        findings = Findings()
         if self.load_in_8bit and self.load_in_4bit:
-            raise FourscoreError("--load_in_8bit and --load_in_4bit exclude each other: drop one")
-        _require_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", None))
-        _require_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("fp4", "nf4"))
-        _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be from 0 to below 1")
-        # One name may be a keyword ("all-linear") or a regular expression; PEFT takes those as a string only.
-        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
-            self.lora_target_modules = self.lora_target_modules[0]  # type: ignore[assignment]
+            findings.error("--load_in_8bit and --load_in_4bit exclude each other: drop one")
+        with findings.collect():
+            _require_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", None))
+        with findings.collect():
+            _require_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("fp4", "nf4"))
+        with findings.collect():
+            _require(self.lora_r >= 1, "lora_r", self.lora_r, "must be at least 1")
+        with findings.collect():
+            _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be from 0 to below 1")
+        findings.raise_errors()
+        # One word may be a keyword ("all-linear") or a regular expression, which PEFT takes as a string; of a name as a
+        # string it would take no more than a module with just that path.
+        names = self.lora_target_modules
+        if isinstance(names, list) and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]):
+            self.lora_target_modules = names[0]  # type: ignore[assignment]
 
 
 @dataclass
@@ -157,7 +167,7 @@ class PPOConfig(TrainingArguments):
     field whether it is honoured, changed or refused.
 
     Raises:
-        FourscoreError: a value out of range, or any but the default for a field that is refused.
+        FourscoreError: values out of range, or any but the default for a field that is refused; a line each.
     """
 
     # Models
@@ -231,8 +241,11 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values and put in those that depend on the machine."""
         self._refuse_deepspeed()
-        self._refuse_fields()
-        self._check_values()
+        findings = Findings()
+        for check in (self._refuse_fields, self._check_values):
+            with findings.collect():
+                check()
+        findings.raise_errors()
 
         self.output_dir = os.path.join("runs", "ppo") if self.output_dir is None else str(self.output_dir)
         self.sft_model_path = str(demo.POLICY if self.sft_model_path is None else self.sft_model_path)
@@ -345,6 +358,7 @@ class PPOConfig(TrainingArguments):
         )
 
     def _refuse_fields(self) -> None:
+        findings = Findings()
         for item in fields(self):
             note = FIELDS.get(item.name)
             if note is None or note.status != "refused" or item.name in DERIVED_FIELDS:
@@ -352,7 +366,9 @@ class PPOConfig(TrainingArguments):
             value, default = getattr(self, item.name), field_default(item)
             # A field that transformers has normalized already (replace() of a finished configuration) is still unset.
             unset = value == default or (not value and not default) or value == AcceleratorConfig()
-            _require(unset, item.name, value, note.note)
+            with findings.collect():
+                _require(unset, item.name, value, note.note)
+        findings.raise_errors()
 
     def _check_fsdp(self) -> None:
         """Hold the FSDP settings of the flags and of `accelerate launch` against what is supported."""
@@ -416,6 +432,7 @@ class PPOConfig(TrainingArguments):
             "max_grad_norm",
             "num_sample_generations",
         )
+        findings = Findings()
         for names, holds, must in (
             (at_least_one, lambda value: value >= 1, "must be at least 1"),
             (above_zero, lambda value: value > 0, "must be above 0"),
@@ -425,28 +442,40 @@ class PPOConfig(TrainingArguments):
             for name in names:
                 value = getattr(self, name)
                 if value is not None:
-                    _require(holds(value) and math.isfinite(value), name, value, must)
-        _require_choice("kl_estimator", self.kl_estimator, ("k1", "k3"))
-        _require_choice("value_training", self.value_training, ("adapter", "full"))
+                    with findings.collect():
+                        _require(holds(value) and math.isfinite(value), name, value, must)
+        choices: dict[str, tuple[str | None, ...]] = {
+            "kl_estimator": ("k1", "k3"),
+            "value_training": ("adapter", "full"),
+            "stop_token": ("eos", "none", None),
+            "max_prompt_length_action": ("drop", "truncate"),
+        }
+        for name, allowed in choices.items():
+            with findings.collect():
+                _require_choice(name, getattr(self, name), allowed)
         if self.share_value_backbone and self.value_training == "full":
-            raise FourscoreError(
+            findings.error(
                 "--share_value_backbone with --value_training full: the value model has no weights but its head then; "
                 "drop one"
             )
-        _require_choice("stop_token", self.stop_token, ("eos", "none", None))
-        _require_choice("max_prompt_length_action", self.max_prompt_length_action, ("drop", "truncate"))
+        findings.raise_errors()
 
     def _check_schedules(self) -> None:
         """Refuse the values of otherwise supported fields that the training loop has no moment or metric for."""
+        findings = Findings()
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             value = getattr(self, name).value
-            _require(value in ("no", "steps"), name, value, "must be no or steps: PPO counts updates")
-        scheduler = self.lr_scheduler_type.value
-        follows = scheduler in ("reduce_lr_on_plateau", "greedy")
-        _require(not follows, "lr_scheduler_type", scheduler, "follows an evaluation loss, which PPO lacks: try linear")
+            with findings.collect():
+                _require(value in ("no", "steps"), name, value, "must be no or steps: PPO counts updates")
+        name, follows = self.lr_scheduler_type.value, ("reduce_lr_on_plateau", "greedy")
+        must = "follows an evaluation loss, which PPO lacks: try linear"
+        with findings.collect():
+            _require(name not in follows, "lr_scheduler_type", name, must)
         optimizer = self.optim.value
         special = optimizer.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free"))
-        _require(not special, "optim", optimizer, "is not supported: try adamw_torch or a bitsandbytes optimizer")
+        with findings.collect():
+            _require(not special, "optim", optimizer, "is not supported: try adamw_torch or a bitsandbytes optimizer")
+        findings.raise_errors()
 
 
 def _has_accelerator() -> bool:

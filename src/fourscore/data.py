@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from fourscore import demo
-from fourscore.errors import FourscoreError
+from fourscore.errors import Findings, FourscoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,37 +55,68 @@ def load_prompts(
 
     Raises:
         FourscoreError: A file, dataset, split or column is not there, the hub cannot be reached, or `tokenize_prompts`
-            refuses what was read.
+            refuses what was read; a line for each dataset.
     """
-    evaluates = training_args.eval_strategy != "no"
+    findings = Findings()
     # One process fills the cache on disk, the others read it.
     with training_args.main_process_first(desc="reading the prompts"):
+        tokenized: list[datasets.Dataset | None] = []
+        eval_flag = "eval_dataset_name" if script_args.eval_dataset_name is not None else "dataset_name"
+        for flag, dataset in zip(("dataset_name", eval_flag), read_prompts(script_args, training_args), strict=True):
+            name = getattr(script_args, flag)
+            with findings.collect(f"--{flag} {name}" if name is not None else ""):
+                tokenized.append(None if dataset is None else _tokenize(dataset, script_args, training_args, tokenizer))
+    findings.raise_errors()
+    train, held_out = tokenized
+    assert train is not None
+    return train, held_out
+
+
+def read_prompts(
+    script_args: "ScriptArguments", training_args: "PPOConfig"
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """What `load_prompts` reads, before it is tokenized.
+
+    Raises:
+        FourscoreError: A file, dataset or split is not there, or the hub cannot be reached; a line for each dataset.
+    """
+    evaluates = training_args.eval_strategy != "no"
+    findings = Findings()
+    train = held_out = None
+    with findings.collect(f"--dataset_name {script_args.dataset_name}"):
         if script_args.dataset_name is None:
             splits = _read_files([demo.PROMPTS_TRAIN])
             train = splits["train"]
         else:
             splits = _read(script_args.dataset_name, script_args.dataset_config, "--dataset_name")
+            if evaluates and script_args.eval_dataset_name is None:
+                with findings.collect():
+                    held_out = _take_split(splits, script_args.dataset_test_split, "--dataset_test_split")
             train = _take_split(splits, script_args.dataset_train_split, "--dataset_train_split")
-
-        held_out = None
+    with findings.collect(f"--eval_dataset_name {script_args.eval_dataset_name}"):
         if script_args.eval_dataset_name is not None:
             held_out = _eval_split(script_args)
         elif evaluates and script_args.dataset_name is None:
             held_out = _read_files([demo.PROMPTS_HELDOUT])["train"]
-        elif evaluates:
-            held_out = _take_split(splits, script_args.dataset_test_split, "--dataset_test_split")
+    findings.raise_errors()
+    assert train is not None
+    return train, held_out
 
-        def tokenize(dataset: datasets.Dataset) -> datasets.Dataset:
-            return tokenize_prompts(
-                dataset,
-                tokenizer,
-                prompt_column=script_args.prompt_column,
-                max_prompt_length=training_args.max_prompt_length,
-                action=training_args.max_prompt_length_action,
-                num_proc=training_args.dataset_num_proc,
-            )
 
-        return tokenize(train), None if held_out is None else tokenize(held_out)
+def _tokenize(
+    dataset: datasets.Dataset,
+    script_args: "ScriptArguments",
+    training_args: "PPOConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> datasets.Dataset:
+    return tokenize_prompts(
+        dataset,
+        tokenizer,
+        prompt_column=script_args.prompt_column,
+        max_prompt_length=training_args.max_prompt_length,
+        action=training_args.max_prompt_length_action,
+        num_proc=training_args.dataset_num_proc,
+    )
 
 
 def tokenize_prompts(
@@ -167,6 +198,12 @@ def tokenize_prompts(
         )
     _log_once(f"{too_long} of {len(lengths)} prompts dropped: longer than {max_prompt_length} tokens")
     return tokenized.select(np.flatnonzero(lengths <= max_prompt_length))
+
+
+def longest_prompt(dataset: datasets.Dataset) -> int:
+    """Tokens of the longest prompt of a tokenized dataset."""
+    batches = dataset.with_format("arrow").iter(batch_size=10_000)
+    return max(pc.max(pc.list_value_length(batch["input_ids"].combine_chunks())).as_py() for batch in batches)
 
 
 class PromptOrder:

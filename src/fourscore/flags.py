@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from fourscore import demo
 from fourscore.config_fields import FIELDS, GROUPS, shown_default
-from fourscore.errors import FourscoreError
+from fourscore.errors import Findings, FourscoreError
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
@@ -41,6 +42,7 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "dtype",
         "attn_implementation",
         "trust_remote_code",
+        "allow_pickle",
         "allow_untrained_reward_head",
     ),
     "Data": (
@@ -127,7 +129,7 @@ def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig
     Without a file, a model or a dataset, the recipe that ships with fourscore is the file.
 
     Raises:
-        FourscoreError: an unknown flag or key, a value that does not fit, or flags that do not fit together.
+        FourscoreError: unknown flags or keys, values that do not fit, or flags that do not fit together; a line each.
     """
     parser = _build_parser()
     given, unknown = parser.parse_known_args(argv)
@@ -136,7 +138,8 @@ def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig
         if not word.startswith("-"):
             raise FourscoreError(f"{word!r} belongs to no flag; see fourscore ppo --help")
         flags = {flag for action in parser._actions for flag in action.option_strings}
-        raise FourscoreError(f"there is no flag {word.split('=')[0]}{closest(word.split('=')[0], flags)}")
+        words = [word.split("=")[0] for word in unknown if word.startswith("--")] or [word]
+        raise FourscoreError(*(f"there is no flag {word}{closest(word, flags)}" for word in words))
 
     starting_points = ("model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name")
     if given.config is None and all(getattr(given, name) is None for name in starting_points):
@@ -146,13 +149,21 @@ def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig
     if given.config is not None:
         parser.set_defaults(**_read_config(Path(given.config), parser))
         given = parser.parse_args(argv)
-    _check_together(given)
-    try:
-        script_args, training_args, model_args, *_ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except FourscoreError:
-        raise
-    except (ValueError, OSError) as error:  # what transformers.TrainingArguments raises for bad values
-        raise FourscoreError(str(error)) from error
+    findings = Findings()
+    with findings.collect():
+        _check_together(given)
+    configs: list[Any] = []
+    for dataclass_type in parser.dataclass_types:
+        values = {field.name: getattr(given, field.name) for field in fields(dataclass_type) if field.init}
+        with findings.collect():
+            try:
+                configs.append(dataclass_type(**values))
+            except FourscoreError:
+                raise
+            except (ValueError, OSError) as error:  # what transformers.TrainingArguments raises for bad values
+                raise FourscoreError(str(error)) from error
+    findings.raise_errors()
+    script_args, training_args, model_args = configs
     return script_args, training_args, model_args
 
 

@@ -1,23 +1,65 @@
 """What can be known of checkpoints before a byte of weights is read: from configs, safetensors headers, tokenizers."""
 
+import copy
+import difflib
+import filecmp
 import importlib.util
 import os
+import platform
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from peft import TaskType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
-from fourscore.errors import FourscoreError
-from fourscore.models.checkpoint import Checkpoint, inspect_checkpoint
+from fourscore.config import get_peft_config, get_quantization_config
+from fourscore.errors import Findings, FourscoreError
+from fourscore.models.adapters import _OUTPUT_LAYERS, HEAD
+from fourscore.models.checkpoint import Checkpoint, TensorHeader, find_checkpoint
+from fourscore.models.layout import frozen_dtype
+from fourscore.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig
 
 _OTHER_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "RewardModel")
+_LINEAR = (nn.Linear, Conv1D)
+_ADAPTABLE = (*_LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+_EMULATED_BY = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fphp")}
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of the models; None where what was found does not let go on.
+
+    Attributes:
+        sft: the SFT checkpoint.
+        reward: the reward checkpoint.
+        tokenizer: the policy's, as its files have it.
+        skeletons: `policy` and `reward_model` on the meta device.
+    """
+
+    sft: Checkpoint | None
+    reward: Checkpoint | None
+    tokenizer: PreTrainedTokenizerBase | None
+    skeletons: Mapping[str, nn.Module]
 
 
 def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> tuple[Checkpoint, Checkpoint]:
@@ -27,47 +69,109 @@ def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> tuple
         The SFT checkpoint and the reward checkpoint.
 
     Raises:
-        FourscoreError: names the flag, its value and the way out.
+        FourscoreError: a line for each reason, with the flag, its value and the way out.
     """
-    check_quantization(model_args, training_args)
-    policy = inspect_checkpoint("--sft_model_path", str(training_args.sft_model_path), model_args)
-    reward = inspect_checkpoint("--reward_model_path", str(training_args.reward_model_path), model_args)
-    check_policy(policy)
-    check_reward(reward, allow_untrained_head=model_args.allow_untrained_reward_head)
-    for checkpoint in (policy, reward):
-        full = checkpoint is reward and training_args.value_training == "full"
-        if getattr(checkpoint.config, "quantization_config", None) and (full or not model_args.use_peft):
-            way_out = "use --value_training adapter" if model_args.use_peft else "add --use_peft"
-            raise FourscoreError(f"{checkpoint.named}: is quantized, so that adapters alone can train; {way_out}")
-    check_freeze_layers(model_args, training_args, [policy, reward])
-    return policy, reward
+    findings = Findings()
+    sft, reward, _ = _inspect_pair(model_args, training_args, findings)
+    findings.raise_errors()
+    assert sft is not None and reward is not None
+    return sft, reward
 
 
-def check_freeze_layers(model_args: "ModelConfig", training_args: "PPOConfig", checkpoints: list[Checkpoint]) -> None:
-    """Refuses to freeze layers under adapters, or so many that none is left to train."""
-    n = training_args.freeze_layers
-    if n and model_args.use_peft:
-        raise FourscoreError(f"--freeze_layers {n} with --use_peft: every layer is frozen under adapters; drop one")
-    for checkpoint in checkpoints:
-        layers = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", None)
-        if n and layers is not None and n >= layers:
-            raise FourscoreError(
-                f"--freeze_layers {n}: {checkpoint.named} has {layers} layers, and the last one must train; "
-                f"give at most {layers - 1}"
-            )
+def inspect_models(model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings) -> Inspected:
+    """What `check_models` and `check_vocabulary` do, with the tokenizer loaded and every error noted.
+
+    Args:
+        model_args: which checkpoints, and how they are to be loaded.
+        training_args: their paths, and what trains.
+        findings: takes errors and warnings.
+    """
+    sft, reward, skeletons = _inspect_pair(model_args, training_args, findings)
+    tokenizer = None
+    source = model_args.model_name_or_path or (None if sft is None else tokenizer_place(sft))
+    if source is not None:
+        flag = "--model_name_or_path" if model_args.model_name_or_path else "--sft_model_path"
+        with findings.collect():
+            tokenizer = load_tokenizer(source, model_args.model_revision, model_args.trust_remote_code, flag)
+    if tokenizer is not None and sft is not None:
+        with findings.collect():
+            check_stop_token(training_args, tokenizer, sft.embedding_rows)
+        if reward is not None:
+            with findings.collect():
+                check_vocabulary(tokenizer, str(source), sft, reward, model_args)
+    elif sft is not None and reward is not None:
+        with findings.collect():
+            _check_vocabulary_size(sft, reward)
+    return Inspected(sft, reward, tokenizer, skeletons)
 
 
-def check_quantization(model_args: "ModelConfig", training_args: "PPOConfig") -> None:
+def _inspect_pair(
+    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings
+) -> tuple[Checkpoint | None, Checkpoint | None, dict[str, nn.Module]]:
+    check_quantization(model_args, training_args, findings)
+    on_cpu = training_args.use_cpu or not torch.accelerator.is_available()
+    model_args = _usable_attention(model_args, on_cpu, findings)
+    sft = find_checkpoint("--sft_model_path", str(training_args.sft_model_path), model_args, findings)
+    reward = find_checkpoint("--reward_model_path", str(training_args.reward_model_path), model_args, findings)
+    skeletons: dict[str, nn.Module] = {}
+    if sft is not None:
+        with findings.collect():
+            check_policy(sft)
+            skeletons["policy"] = build_skeleton(sft, AutoModelForCausalLM, model_args)
+            _check_adapter_fits(sft, skeletons["policy"])
+    if reward is not None:
+        with findings.collect():
+            _check_reward_type(reward)
+            with findings.collect():
+                check_reward(reward, model_args.allow_untrained_reward_head)
+            skeletons["reward_model"] = build_skeleton(reward, AutoModelForSequenceClassification, model_args)
+            _check_adapter_fits(reward, skeletons["reward_model"])
+    _check_freeze_layers(model_args, training_args, [c for c in (sft, reward) if c is not None], findings)
+    for checkpoint, full in ((sft, False), (reward, training_args.value_training == "full")):
+        if checkpoint is not None:
+            with findings.collect():
+                _check_trainable(checkpoint, full, model_args)
+            _check_dtype(checkpoint, model_args, on_cpu, findings)
+    if model_args.use_peft:
+        check_lora(model_args, training_args, sft, reward, skeletons, findings)
+    return sft, reward, skeletons
+
+
+def check_quantization(model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings) -> None:
     """Refuses 4 and 8 bits where nothing could be trained on top."""
     flag = "--load_in_4bit" if model_args.load_in_4bit else "--load_in_8bit" if model_args.load_in_8bit else None
     if flag is None:
         return
     if not model_args.use_peft:
-        raise FourscoreError(f"{flag}: quantized weights cannot be trained; add --use_peft to train adapters on them")
+        findings.error(f"{flag}: quantized weights cannot be trained; add --use_peft to train adapters on them")
     if training_args.value_training == "full":
-        raise FourscoreError(f"--value_training full with {flag}: quantized weights cannot be trained; use adapter")
+        findings.error(f"--value_training full with {flag}: quantized weights cannot be trained; use adapter")
+    if training_args.fsdp:
+        findings.error(f"--fsdp with {flag}: FSDP cannot shard quantized weights; leave out one of the two")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise FourscoreError(f"{flag} needs bitsandbytes: pip install 'fourscore[quantization]'")
+        findings.error(f"{flag} needs bitsandbytes: pip install 'fourscore[quantization]'")
+        return
+    try:
+        get_quantization_config(model_args)
+    except (ValueError, TypeError, AttributeError) as error:  # what bitsandbytes has no type for
+        storage = model_args.bnb_4bit_quant_storage
+        findings.error(f"--bnb_4bit_quant_storage {storage}: {_line(error)}; use uint8, or leave it out")
+
+
+def _check_freeze_layers(
+    model_args: "ModelConfig", training_args: "PPOConfig", checkpoints: list[Checkpoint], findings: Findings
+) -> None:
+    """Refuses to freeze layers under adapters, or so many that none is left to train."""
+    n = training_args.freeze_layers
+    if n and model_args.use_peft:
+        findings.error(f"--freeze_layers {n} with --use_peft: every layer is frozen under adapters; drop one")
+    for checkpoint in checkpoints:
+        layers = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", None)
+        if n and layers is not None and n >= layers:
+            findings.error(
+                f"--freeze_layers {n}: {checkpoint.named} has {layers} layers, and the last one must train; "
+                f"give at most {layers - 1}"
+            )
 
 
 def check_policy(policy: Checkpoint) -> None:
@@ -77,6 +181,8 @@ def check_policy(policy: Checkpoint) -> None:
     wrong = [name for name in architectures if name.endswith(_OTHER_TASKS)]
     if wrong and not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise FourscoreError(f"{policy.named}: is a {wrong[0]}, not a causal LM; give the SFT checkpoint")
+    if policy.adapter is not None and policy.adapter.config.task_type == TaskType.SEQ_CLS:
+        raise FourscoreError(f"{policy.named}: is an adapter of a sequence classifier; give the SFT checkpoint")
     auto_map = getattr(config, "auto_map", None) or {}
     if config.is_encoder_decoder or (
         config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in auto_map
@@ -84,8 +190,7 @@ def check_policy(policy: Checkpoint) -> None:
         raise FourscoreError(f"{policy.named}: model type {config.model_type!r} is not a causal LM; give one")
 
 
-def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
-    """Refuses what is not a decoder with a trained `score` head of one label."""
+def _check_reward_type(reward: Checkpoint) -> None:
     config = reward.config
     auto_map = getattr(config, "auto_map", None) or {}
     if (
@@ -96,9 +201,13 @@ def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
             f"{reward.named}: model type {config.model_type!r} has no sequence classifier in transformers; "
             "give a reward model that AutoModelForSequenceClassification loads"
         )
-    if reward.adapter is not None and has_score(set(reward.adapter.tensors or ())):
-        return
-    weights = reward.weights
+
+
+def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
+    """Refuses what is not a decoder with a trained `score` head of one label."""
+    config = reward.config
+    added = (reward.adapter.tensors if reward.adapter is not None else None) or {}
+    weights = None if reward.weights is None else reward.weights | added.keys()
     if weights is not None and not has_score(weights):
         head = next(
             (name for name in sorted(weights) if name.split(".")[0] in ("classifier", "classification_head")), None
@@ -113,10 +222,264 @@ def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if weights is None and not classifier and not allow_untrained_head:
         raise FourscoreError(untrained_head_message(reward.named))
-    if (has_score(weights) if weights is not None else classifier) and config.num_labels != 1:
+    labels = _labels(dict(reward.tensors or {}) | dict(added))
+    if labels is None:
+        labels = config.num_labels if classifier else 1
+    if labels != 1:
         raise FourscoreError(
-            f"{reward.named}: has num_labels={config.num_labels}, a reward model has 1; give one that was trained so"
+            f"{reward.named}: has num_labels={labels}, a reward model has 1; give one that was trained so"
         )
+
+
+def _labels(tensors: Mapping[str, TensorHeader]) -> int | None:
+    """Rows of the head in a file, if it has one."""
+    return next((tensor.shape[0] for name, tensor in tensors.items() if has_score({name}) and tensor.shape), None)
+
+
+def _check_trainable(checkpoint: Checkpoint, full: bool, model_args: "ModelConfig") -> None:
+    """Refuses a checkpoint that comes quantized where its weights would have to train."""
+    if getattr(checkpoint.config, "quantization_config", None) and (full or not model_args.use_peft):
+        way_out = "use --value_training adapter" if model_args.use_peft else "add --use_peft"
+        raise FourscoreError(f"{checkpoint.named}: is quantized, so that adapters alone can train; {way_out}")
+
+
+def _check_dtype(checkpoint: Checkpoint, model_args: "ModelConfig", on_cpu: bool, findings: Findings) -> None:
+    """Holds the dtype of frozen weights against what trains on them and what computes them."""
+    dtype = frozen_dtype(checkpoint, model_args)
+    name = str(dtype).removeprefix("torch.")
+    flag = f"--dtype {model_args.dtype}"
+    if model_args.dtype in ("auto", None):
+        flag = f"{checkpoint.named}: is stored in {name}, and {flag} takes that"
+    if dtype == torch.float16 and model_args.use_peft:
+        findings.error(f"{flag}: adapters on float16 weights would need loss scaling; use --dtype bfloat16 or float32")
+    if on_cpu and dtype in _EMULATED_BY and is_emulated(dtype):
+        findings.warn(
+            f"{flag}: this CPU has no {name} instructions and emulates them, which takes about 5 times as long as "
+            "float32 in a forward pass and 25 times in a backward pass; use --dtype float32"
+        )
+
+
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU lacks instructions for `dtype` (bfloat16, float16); False where it does not say."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
+    return match is not None and not set(match[1].split()) & set(_EMULATED_BY[dtype])
+
+
+# --------------------------------------------------------------------------------------------- skeletons and adapters
+
+
+def _usable_attention(model_args: "ModelConfig", on_cpu: bool, findings: Findings) -> "ModelConfig":
+    """Refuses flash attention where there is no accelerator; what is checked after it goes on without."""
+    asked = model_args.attn_implementation
+    if asked is None or not on_cpu or "flash" not in asked:
+        return model_args
+    findings.error(f"--attn_implementation {asked}: needs an accelerator, and this runs on a CPU; use sdpa or eager")
+    usable = copy.copy(model_args)
+    usable.attn_implementation = None
+    return usable
+
+
+def build_skeleton(checkpoint: Checkpoint, auto_class: Any, model_args: "ModelConfig") -> nn.Module:
+    """The model on the meta device: all its modules, none of its weights.
+
+    Args:
+        checkpoint: whose config describes it.
+        auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+        model_args: attention and `trust_remote_code`.
+
+    Raises:
+        FourscoreError: the model lacks the attention that is asked for, or its config makes no model.
+    """
+    asked = model_args.attn_implementation
+
+    def build(attention: str | None) -> nn.Module:
+        config = copy.deepcopy(checkpoint.config)
+        if auto_class is AutoModelForSequenceClassification:
+            config.num_labels = 1
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **chosen)
+
+    try:
+        return build(asked)
+    except Exception as error:  # model code says no in many ways
+        if asked is not None and _builds(lambda: build("eager")):
+            name = type(build("eager")).__name__
+            raise FourscoreError(
+                f"--attn_implementation {asked}: {name} cannot use it here ({_line(error)}); use sdpa or eager"
+            ) from error
+        raise FourscoreError(
+            f"{checkpoint.named}: no model can be built from its config.json ({_line(error)}); mend it"
+        ) from error
+
+
+def _builds(build: Callable[[], Any]) -> bool:
+    try:
+        build()
+    except Exception:  # as above
+        return False
+    return True
+
+
+def lora_config(model_args: "ModelConfig") -> Any:
+    """What `get_peft_config` makes of the flags, or None without `--use_peft`.
+
+    Raises:
+        FourscoreError: PEFT would not take them.
+    """
+    if model_args.use_peft and model_args.lora_task_type not in TaskType.__members__:
+        known = ", ".join(TaskType.__members__)
+        raise FourscoreError(f"--lora_task_type {model_args.lora_task_type}: must be one of {known}; leave it out")
+    try:
+        config = get_peft_config(model_args)
+    except (ValueError, TypeError, ImportError) as error:
+        raise FourscoreError(f"--use_peft: PEFT refuses these settings ({_line(error)}); change them") from error
+    targets = None if config is None else config.target_modules
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise FourscoreError(f"--lora_target_modules {targets}: is not a regular expression ({error})") from error
+    return config
+
+
+def check_lora(
+    model_args: "ModelConfig",
+    training_args: "PPOConfig",
+    sft: Checkpoint | None,
+    reward: Checkpoint | None,
+    skeletons: Mapping[str, nn.Module],
+    findings: Findings,
+) -> None:
+    """Holds the flags of the adapters against the modules that there are."""
+    config: Any = None
+    with findings.collect():
+        config = lora_config(model_args)
+    if config is None:
+        return
+    policy, value = skeletons.get("policy"), skeletons.get("reward_model")
+    if training_args.value_training == "full":
+        value = None
+    if policy is not None:
+        _check_names(config, policy, findings)
+    if value is not None and config.target_modules is not None:
+        # What only a policy has (lm_head) is left out of the value model's adapter.
+        there = config.target_modules
+        if not isinstance(there, str):
+            there = {name for name in there if name.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS}
+        # One name that matches will do here: policy and value model may be of different architectures.
+        if policy is None or not any(is_targeted(there, name) for name, _ in value.named_modules()):
+            with findings.collect():
+                _check_targets(there, value)
+    if config.target_modules is None and not config.target_parameters:
+        for checkpoint, model in ((sft, policy), (reward, value)):
+            if checkpoint is not None and model is not None:
+                with findings.collect():
+                    _check_default_targets(checkpoint, model)
+
+
+def _check_names(config: Any, model: nn.Module, findings: Findings) -> None:
+    """Every name in the flags of the policy's adapter is one of something."""
+    if config.target_modules is not None:
+        with findings.collect():
+            _check_targets(config.target_modules, model)
+    for flag, names, there in (
+        ("--lora_modules_to_save", config.modules_to_save, [name for name, _ in model.named_modules()]),
+        ("--lora_target_parameters", config.target_parameters, [name for name, _ in model.named_parameters()]),
+    ):
+        for name in names or ():
+            if not any(is_targeted([name], found) for found in there):
+                findings.error(_nothing_named(flag, name, model, {found.rsplit(".", 1)[-1] for found in there}))
+
+
+def is_targeted(targets: str | Iterable[str], name: str) -> bool:
+    """Whether PEFT takes a module to be among `targets`: a regular expression, or names or ends of names."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_targets(targets: str | Iterable[str], model: nn.Module) -> None:
+    if targets == "all-linear":
+        return
+    findings = Findings()
+    for each in [targets] if isinstance(targets, str) else [[target] for target in sorted(targets)]:
+        named = each if isinstance(each, str) else each[0]
+        matched = {name: module for name, module in model.named_modules() if is_targeted(each, name)}
+        odd = {name: module for name, module in matched.items() if not isinstance(module, _ADAPTABLE)}
+        if not matched:
+            findings.error(_nothing_named("--lora_target_modules", named, model, linear_names(model)))
+        elif odd:
+            name, module = next(iter(odd.items()))
+            findings.error(
+                f"--lora_target_modules {named}: {name} of {type(model).__name__} is a {type(module).__name__}, which "
+                f"takes no adapter; its linear layers are {', '.join(linear_names(model))}"
+            )
+    findings.raise_errors()
+
+
+def _check_default_targets(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses a model type that PEFT has no targets for when none are named."""
+    config: Any = model.config
+    model_type = config.model_type
+    if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise FourscoreError(
+            f"--lora_target_modules is not given, and PEFT has no default for the model type {model_type!r} of "
+            f"{checkpoint.named}; use all-linear, or some of {', '.join(linear_names(model))}"
+        )
+
+
+def _check_adapter_fits(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses an adapter whose weights have no place in its base."""
+    if checkpoint.adapter is None:
+        return
+    modules = dict(model.named_modules())
+    for name, tensor in sorted((checkpoint.adapter.tensors or {}).items()):
+        path, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
+        if not found:
+            continue
+        module = modules.get(path)
+        weight = getattr(module, "weight", None)
+        if module is None:
+            problem = f"has weights for {path}, which {type(model).__name__} lacks"
+        elif weight is not None and tensor.shape[-1] not in weight.shape:
+            problem = f"has weights for {path} of width {tensor.shape[-1]}, which is {tuple(weight.shape)} there"
+        else:
+            continue
+        raise FourscoreError(
+            f"{checkpoint.named}: {problem}; name the model it was trained on, in place of {checkpoint.path}, as "
+            "base_model_name_or_path in its adapter_config.json"
+        )
+
+
+def _nothing_named(flag: str, name: str, model: nn.Module, there: Iterable[str]) -> str:
+    message = f"{flag} {name}: matches nothing in {type(model).__name__}"
+    close = [word for word in difflib.get_close_matches(name, list(there), n=1) if word != name]
+    if close:
+        message += f": did you mean {close[0]}?"
+    return f"{message} (its linear layers are {', '.join(linear_names(model))})"
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of linear layers, but for those of the output."""
+    found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, _LINEAR)}
+    return sorted(found - _OUTPUT_LAYERS)
+
+
+# ------------------------------------------------------------------------------------------- tokenizers and positions
+
+
+def tokenizer_place(sft: Checkpoint) -> str:
+    """Where the policy's tokenizer is: beside the adapter, if the checkpoint is one and brings it, else at its base."""
+    brings = sft.adapter is not None and any(Path(sft.given).glob("tokenizer*"))
+    return sft.given if brings else sft.path
 
 
 def check_vocabulary(
@@ -130,31 +493,104 @@ def check_vocabulary(
         policy: the SFT checkpoint.
         reward: the reward checkpoint.
         model_args: revision and trust_remote_code of the reward checkpoint's tokenizer.
+
+    Raises:
+        FourscoreError: a line for each of the two.
     """
+    findings = Findings()
     rows = policy.embedding_rows
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
     if beyond and beyond != [tokenizer.pad_token]:
-        raise FourscoreError(
+        findings.error(
             f"{policy.flag} {policy.path}: {len(beyond)} tokens of the tokenizer {source} ({beyond[0]!r}, ...) are "
             f"beyond its {rows} embedding rows; give the tokenizer it was trained with (--model_name_or_path)"
         )
-    other = None if reward.path == source else _tokenizer_of(reward, model_args)
+    other = None if _same_tokenizer(reward.path, source) else _tokenizer_of(reward, model_args)
     if other is not None and (conflict := _first_conflict(tokenizer, other)) is not None:
         theirs, mine = other.convert_ids_to_tokens(conflict), tokenizer.convert_ids_to_tokens(conflict)
-        raise FourscoreError(
+        findings.error(
             f"{reward.named}: id {conflict} is {theirs!r} there and {mine!r} in {source}; "
             "give a reward model with the policy's tokenizer"
         )
-    if reward.embedding_rows != rows:
+    else:
+        with findings.collect():
+            _check_vocabulary_size(policy, reward)
+    findings.raise_errors()
+
+
+def _same_tokenizer(one: str, other: str) -> bool:
+    """Whether two places hold the same tokenizer, so that the second need not be loaded."""
+    mine, theirs = (Path(place) / "tokenizer.json" for place in (one, other))
+    return one == other or (mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False))
+
+
+def _check_vocabulary_size(policy: Checkpoint, reward: Checkpoint) -> None:
+    if reward.embedding_rows != policy.embedding_rows:
         raise FourscoreError(
-            f"{reward.named}: has a vocabulary of {reward.embedding_rows}, {policy.named} one of {rows}; "
-            "give a reward model with the policy's tokenizer"
+            f"{reward.named}: has a vocabulary of {reward.embedding_rows}, {policy.named} one of "
+            f"{policy.embedding_rows}; give a reward model with the policy's tokenizer"
         )
 
 
-def has_score(names: frozenset[str] | set[str]) -> bool:
+def check_stop_token(args: "PPOConfig", tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[int, ...]:
+    """The ids at which generation stops, as `--stop_token` and `--stop_token_id` say.
+
+    Args:
+        args: both flags.
+        tokenizer: the policy's.
+        vocabulary: ids that the policy knows.
+
+    Raises:
+        FourscoreError: there is no such token.
+    """
+    if args.stop_token_id is not None:
+        if args.stop_token_id >= vocabulary:
+            raise FourscoreError(
+                f"--stop_token_id {args.stop_token_id}: the policy knows no such id; give one below {vocabulary}"
+            )
+        return (args.stop_token_id,)
+    if args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise FourscoreError(
+                "--stop_token eos: the tokenizer has no EOS token; use --stop_token none, or --stop_token_id"
+            )
+        return (int(tokenizer.eos_token_id),)
+    return ()
+
+
+def check_length(name: str, config: Any, weights: Iterable[str], longest: int, response_length: int) -> str | None:
+    """Holds the longest prompt and a full completion against the positions that a model has.
+
+    Args:
+        name: of the model, for the message.
+        config: its config.
+        weights: names of its parameters.
+        longest: tokens of the longest prompt.
+        response_length: most tokens of a completion.
+
+    Returns:
+        A warning where rotary positions go on, at a quality nobody has tested; else None.
+
+    Raises:
+        FourscoreError: a table of learned positions ends before.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    needed = longest + response_length
+    if positions is None or needed <= positions:
+        return None
+    message = (
+        f"--response_length {response_length}: with the longest prompt ({longest} tokens) that makes {needed} tokens, "
+        f"but {name} was made for {positions}; lower --max_prompt_length or --response_length"
+    )
+    if any(weight.endswith(("wpe.weight", "embed_positions.weight")) for weight in weights):
+        raise FourscoreError(message)
+    return message
+
+
+def has_score(names: Iterable[str]) -> bool:
     """Whether a `score` head is among tensor names."""
-    return any(f".{name}".endswith(".score.weight") for name in names)
+    return any(f".{name}".endswith(f".{HEAD}.weight") for name in names)
 
 
 def untrained_head_message(named: str) -> str:
@@ -187,3 +623,7 @@ def _first_conflict(mine: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         if index not in added and theirs.get(index, token if index >= len(theirs) else None) != token
     ]
     return min(conflicts, default=None)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fourscore.config import ModelConfig, PPOConfig, get_kbit_device_map, get_peft_config, get_quantization_config
-from fourscore.errors import FourscoreError
+from fourscore.errors import Findings, FourscoreError
 from fourscore.models.adapters import (
     HEAD,
     add_frozen_adapter,
@@ -27,13 +27,13 @@ from fourscore.models.adapters import (
     train_in_fp32,
 )
 from fourscore.models.checkpoint import Checkpoint, safetensors_files
-from fourscore.models.checks import check_models, check_vocabulary, has_score, untrained_head_message
+from fourscore.models.checks import Inspected, has_score, inspect_models, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
 from fourscore.models.layout import Backbone, Layout, decide_layout
 from fourscore.models.sharing import clone_owning, clone_sharing
-from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad, load_tokenizer
+from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
 from fourscore.models.trunk import share_trunk
 from fourscore.parallel import is_sharded
 
@@ -61,7 +61,12 @@ class Models:
     value_model: Any
 
 
-def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layout | None = None) -> Models:
+def load_models(
+    model_args: ModelConfig,
+    training_args: PPOConfig,
+    layout: Layout | None = None,
+    inspected: Inspected | None = None,
+) -> Models:
     """Loads policy, reference, reward and value model.
 
     Everything that configs, headers and tokenizers can tell is checked first. Then each checkpoint is read once, and
@@ -73,19 +78,19 @@ def load_models(model_args: ModelConfig, training_args: PPOConfig, layout: Layou
         model_args: dtype of frozen weights, attention, PEFT, quantization.
         training_args: paths of the SFT and the reward checkpoint.
         layout: who stands on what, if decided already; default: decided here, in the same way.
+        inspected: what `inspect_models` has found without errors, if it was asked already.
 
     Raises:
         FourscoreError: a checkpoint is missing or unfit; the message names the flag and the way out.
     """
-    sft, reward = check_models(model_args, training_args)
-    source = str(model_args.model_name_or_path or sft.given)
-    tokenizer = load_tokenizer(
-        source,
-        model_args.model_revision,
-        model_args.trust_remote_code,
-        flag="--model_name_or_path" if model_args.model_name_or_path else sft.flag,
-    )
-    check_vocabulary(tokenizer, source, sft, reward, model_args)
+    if inspected is None:
+        findings = Findings()
+        inspected = inspect_models(model_args, training_args, findings)
+        findings.raise_errors()
+        for warning in findings.warnings:
+            logger.warning(warning)
+    sft, reward, tokenizer = inspected.sft, inspected.reward, inspected.tokenizer
+    assert sft is not None and reward is not None and tokenizer is not None
     ensure_pad_token(tokenizer, sft.embedding_rows, _stop_ids(sft.config, training_args))
     reward.config.num_labels = 1
     for checkpoint in (sft, reward):
@@ -223,7 +228,7 @@ def _classifier_on(causal: Any, reward: Checkpoint, head: Tensor, model_args: Mo
 
 def _head(reward: Checkpoint, model_args: ModelConfig) -> Tensor:
     """The `score` weights `[1, d]` in a checkpoint's own files, else fresh ones, which an adapter may replace."""
-    for file in safetensors_files(reward.path, reward.revision) or []:
+    for file in safetensors_files(reward.path, reward.revision):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 if has_score({name}):

@@ -17,8 +17,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
-from fourscore.data import PromptOrder, tokenize_prompts
+from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
 from fourscore.errors import FourscoreError
+from fourscore.models.checks import check_length, check_stop_token
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
@@ -123,7 +124,7 @@ class PPOTrainer:
         self.value_model = self.roles.value_model
         self.optimizers, self.schedules = self._optimization(optimizers)
 
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = check_stop_token(args, processing_class, self.model.config.get_text_config().vocab_size)
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.control = TrainerControl()
         self.progress = PPOProgress()
@@ -594,36 +595,12 @@ class PPOTrainer:
     def _check_lengths(self, models: list[Any]) -> None:
         """Hold the longest prompt and a full completion against the positions that each model has."""
         datasets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
-        longest = max(len(ids) for dataset in datasets for ids in dataset["input_ids"])
-        needed = longest + self.args.response_length
+        longest = max(longest_prompt(dataset) for dataset in datasets)
         for model in models:
-            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            if positions is None or needed <= positions:
-                continue
-            message = (
-                f"the longest prompt ({longest} tokens) and --response_length {self.args.response_length} make "
-                f"{needed} tokens, but {type(model).__name__} was made for {positions}: lower --max_prompt_length or "
-                "--response_length"
-            )
-            # A table of learned positions ends there; rotary ones go on, at a quality nobody has tested.
-            if any(name.endswith(("wpe", "embed_positions")) for name, _ in model.named_modules()):
-                raise FourscoreError(message)
-            logger.warning(message)
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        args, eos = self.args, self.processing_class.eos_token_id
-        if args.stop_token_id is not None:
-            vocabulary = self.model.config.get_text_config().vocab_size
-            if args.stop_token_id >= vocabulary:
-                raise FourscoreError(
-                    f"--stop_token_id {args.stop_token_id}: the policy knows no such id (of {vocabulary})."
-                )
-            return (args.stop_token_id,)
-        if args.stop_token == "eos":
-            if eos is None:
-                raise FourscoreError("--stop_token eos: the tokenizer has no EOS token; use --stop_token none.")
-            return (eos,)
-        return ()
+            names = (name for name, _ in model.named_parameters())
+            warning = check_length(type(model).__name__, model.config, names, longest, self.args.response_length)
+            if warning is not None:
+                logger.warning(warning)
 
     def _optimization(self, given: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """An optimizer and a schedule for each role that trains, or the user's one for both."""

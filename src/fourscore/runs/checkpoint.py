@@ -86,6 +86,20 @@ def save(
     parallel.barrier()
 
 
+def check_resumable(folder: Path) -> None:
+    """Refuse a checkpoint that lacks what resuming needs.
+
+    Raises:
+        FourscoreError: names what is missing.
+    """
+    for name in (STATE, OPTIMIZERS, RNG):
+        if not (folder / name).is_file():
+            raise FourscoreError(
+                f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
+                "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
+            )
+
+
 def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]:
     """Take up a checkpoint: weights, optimizers, schedules and this process's random generators.
 
@@ -95,12 +109,7 @@ def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]
     Raises:
         FourscoreError: it lacks what resuming needs, or was written by another number of processes.
     """
-    for name in (STATE, OPTIMIZERS, RNG):
-        if not (folder / name).is_file():
-            raise FourscoreError(
-                f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
-                "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
-            )
+    check_resumable(folder)
     rng = torch.load(folder / RNG, weights_only=True, map_location="cpu")
     if len(rng) != parallel.world_size:
         raise FourscoreError(

@@ -48,7 +48,7 @@ def check(path: str | Path, resume: str | Path | bool | None) -> None:
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise FourscoreError(f"--output_dir {path} is a file")
+        raise FourscoreError(f"--output_dir {path} is a file: give another --output_dir")
     entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if entries == [SAMPLES]:  # generate_completions() before train(): what the untrained policy writes
         entries = []
