@@ -33,7 +33,7 @@ from fourscore.rewards.model import score
 from fourscore.rollout.transformers import Sampling, generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
-from fourscore.runs.memory import peak_gib
+from fourscore.runs.memory import peak_gib, return_freed_memory
 from fourscore.runs.metrics import JsonLines, write_json_atomic
 from fourscore.runs.progress import PPOProgress
 
@@ -100,6 +100,8 @@ class PPOTrainer:
         self.args = args
         self.processing_class = processing_class
         self.parallel = Parallel.start(args)
+        if self.parallel.device.type == "cpu":
+            return_freed_memory()
         self.run_config: list[Any] = [args]
         if train_dataset is None:
             raise FourscoreError("train_dataset is missing: pass a dataset of prompts.")

@@ -1,5 +1,7 @@
-"""Peak memory of this process."""
+"""Memory of this process."""
 
+import ctypes
+import os
 import resource
 import sys
 
@@ -16,3 +18,20 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def return_freed_memory() -> bool:
+    """Has glibc give a freed block of 128 KiB or more back to the system at once; other C libraries are left alone.
+
+    It starts out so, but as soon as larger blocks are freed it keeps those of up to 32 MiB for itself, in an order that
+    leaves holes: activations of a second forward pass take more than those of the first. `MALLOC_MMAP_THRESHOLD_` or
+    `GLIBC_TUNABLES` in the environment stay in force.
+
+    Returns:
+        whether it was set.
+    """
+    if not sys.platform.startswith("linux") or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mmap_threshold = -3
+    return mallopt is not None and mallopt(mmap_threshold, 128 * 1024) == 1
