@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HUB_TIMEOUT_S = 10.0
+_LONGEST_SHOWN = 64
 
 
 def load_prompts(
@@ -86,6 +87,32 @@ def load_prompts(
             )
 
         return tokenize(train), None if held_out is None else tokenize(held_out)
+
+
+def longest_prompt(
+    script_args: "ScriptArguments", training_args: "PPOConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> int:
+    """Tokens of the longest training prompt, at most `max_prompt_length`.
+
+    Only the prompts with the most characters are tokenized, so it takes no time on large datasets; a shorter text with
+    more tokens than any of those is missed.
+
+    Raises:
+        FourscoreError: as `load_prompts`.
+    """
+    with training_args.main_process_first(desc="reading the prompts"):
+        if script_args.dataset_name is None:
+            dataset = _read_files([demo.PROMPTS_TRAIN])["train"]
+        else:
+            splits = _read(script_args.dataset_name, script_args.dataset_config, "--dataset_name")
+            dataset = _take_split(splits, script_args.dataset_train_split, "--dataset_train_split")
+    column = "input_ids" if "input_ids" in dataset.column_names else script_args.prompt_column
+    if column in dataset.column_names:
+        sizes = np.array([_characters(prompt) for prompt in dataset.with_format(None)[column]])
+        dataset = dataset.select(np.sort(np.argsort(sizes, kind="stable")[-_LONGEST_SHOWN:]))
+    longest = max(len(ids) for ids in tokenize_prompts(dataset, tokenizer, script_args.prompt_column)["input_ids"])
+    limit = training_args.max_prompt_length
+    return longest if limit is None else min(longest, limit)
 
 
 def tokenize_prompts(
@@ -208,6 +235,13 @@ class PromptOrder:
                 self._permutation = np.random.default_rng((self._seed, number)).permutation(self._num_prompts)
             indices.append(int(self._permutation[offset]))
         return indices
+
+
+def _characters(prompt: Any) -> int:
+    """Characters of a text or a conversation; of anything else, its length."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        return sum(len(str(message.get("content", ""))) for message in prompt)
+    return len(prompt) if prompt is not None else 0
 
 
 def _read(name: str, config: str | None, flag: str) -> Mapping[str, datasets.Dataset]:
