@@ -1,13 +1,16 @@
-"""The command line: `fourscore ppo` and `fourscore demo`.
+"""The command line: `fourscore ppo`, `fourscore plan` and `fourscore demo`.
 
 torch and transformers take seconds to import, so nothing here imports them before it must: `--help` prints a text that
 is kept next to this file, and a typing error in the command name costs no wait.
 """
 
+import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 from fourscore import __version__
 from fourscore.errors import FourscoreError
@@ -23,10 +26,25 @@ PPO RLHF: a policy, a reference policy, a reward model and a value model.
 
 commands:
   ppo         train a policy; without flags, the checkpoints and prompts that ship with fourscore
+  plan        say how much memory that takes, and whether it fits; reads no weights
   demo        train the shipped policy for a few seeds and measure it against where it started
 
   --version   print the version
   --help      print this; fourscore ppo --help lists its flags
+"""
+
+
+_PLAN_HELP = """\
+usage: fourscore plan [--json] [--world_size N] [--sharding none|fsdp] [flags of fourscore ppo]
+
+Say how much memory a run takes, role by role and phase by phase, and whether it fits this machine. Configs, the headers
+of safetensors files, the tokenizer and the prompts are read, but no weights; no GPU is needed.
+
+  --json             one JSON object; sizes are bytes
+  --world_size N     plan for so many processes (default: those of this run)
+  --sharding NAME    none: every process holds all weights; fsdp: each a share (default: what the flags say)
+
+fourscore ppo --help lists the other flags.
 """
 
 
@@ -47,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(f"fourscore {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "plan": _plan, "demo": _demo}
     try:
         if command not in commands:
             raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
@@ -78,14 +96,49 @@ def _ppo(argv: list[str]) -> int:
     try:
         script_args, training_args, model_args = parse_ppo(argv)
         output_dir = training_args.output_dir
-        _train(script_args, training_args, model_args)
+        return _train(script_args, training_args, model_args)
     except KeyboardInterrupt:
         print(f"\n{_how_to_resume(output_dir)}", file=sys.stderr)
         return 130
+
+
+def _plan(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(_PLAN_HELP, end="")
+        return 0
+    own = _PlanParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--json", action="store_true")
+    own.add_argument("--world_size", type=int)
+    own.add_argument("--sharding", choices=("none", "fsdp"))
+    options, rest = own.parse_known_args(argv)
+    if options.world_size is not None and options.world_size < 1:
+        raise FourscoreError(f"--world_size {options.world_size}: must be at least 1")
+    # Standard output is for the plan alone.
+    with redirect_stdout(sys.stderr):
+        script_args, training_args, model_args = parse_ppo(rest)
+        from rich.console import Console
+
+        from fourscore.plan.advice import advise
+        from fourscore.plan.estimate import make_plan
+        from fourscore.plan.report import as_json, print_plan
+
+        plan = make_plan(
+            script_args, training_args, model_args, world_size=options.world_size, sharding=options.sharding
+        )
+        advice = [] if plan.fits else advise(plan, training_args, model_args)
+    if options.json:
+        print(json.dumps(as_json(plan, advice), indent=2))
+    else:
+        print_plan(Console(width=100, highlight=False), plan, advice)
     return 0
 
 
-def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> None:
+class _PlanParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise FourscoreError(message.removeprefix("argument "))
+
+
+def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> int:
     from fourscore.data import load_prompts
     from fourscore.models.loading import load_models
     from fourscore.ppo.trainer import PPOTrainer
@@ -97,6 +150,8 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     # Every process looks before any of them can write there, so that all of them stop in the same way.
     directory.check(str(training_args.output_dir), resume)
     training_args.distributed_state.wait_for_everyone()
+    if not _may_start(script_args, training_args, model_args):
+        return 2
     models = load_models(model_args, training_args)
     train_dataset, eval_dataset = load_prompts(script_args, training_args, models.tokenizer)
     trainer = PPOTrainer(
@@ -114,6 +169,47 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return 0
+
+
+def _may_start(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> bool:
+    """Print the plan in short; False, with advice on stderr, if it does not fit. The main process decides for all."""
+    from accelerate.utils import broadcast_object_list
+
+    decision: list[Any] = [None]
+    if training_args.process_index == 0:
+        try:
+            decision = [_fits(script_args, training_args, model_args)]
+        except FourscoreError as error:
+            decision = [error]
+    broadcast_object_list(decision)
+    if isinstance(decision[0], FourscoreError):
+        raise decision[0]
+    return bool(decision[0])
+
+
+def _fits(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> bool:
+    from fourscore.plan.advice import advise
+    from fourscore.plan.estimate import NoPlan, make_plan
+    from fourscore.plan.report import advice_lines, short_form, verdict
+
+    try:
+        plan = make_plan(script_args, training_args, model_args)
+    except NoPlan as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return True
+    for line in short_form(plan):
+        print(line)
+    if plan.fits:
+        return True
+    if training_args.ignore_plan:
+        print(f"warning: --ignore_plan, though {verdict(plan)}", file=sys.stderr)
+        return True
+    print(f"error: {verdict(plan)}", file=sys.stderr)
+    for line in advice_lines(advise(plan, training_args, model_args)):
+        print(f"  {line}", file=sys.stderr)
+    print("  or start it all the same with --ignore_plan", file=sys.stderr)
+    return False
 
 
 def _resume(flag: str | None) -> str | bool | None:

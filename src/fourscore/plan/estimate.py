@@ -1,6 +1,5 @@
 """The plan of a run: what each role is made of and what it takes, from configs and headers alone."""
 
-import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from torch import nn
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.data import longest_prompt
 from fourscore.errors import FourscoreError
-from fourscore.models.checkpoint import Checkpoint
 from fourscore.models.checks import check_models
 from fourscore.models.layout import Layout, decide_layout
 from fourscore.models.tokenizer import load_tokenizer
@@ -52,6 +50,10 @@ _STATE_BYTES = {
     "paged_lion_8bit": 1.0,
     "sgd": 0.0,
 }
+
+
+class NoPlan(FourscoreError):
+    """The model's code cannot run on tensors without data, so that nothing is known of its activations."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def make_plan(
     sharding: str | None = None,
     layout: Layout | None = None,
     prompt: int | None = None,
+    room: Capacity | None = None,
 ) -> Plan:
     """Plans a run; reads configs, headers, the tokenizer and the prompts, but no weights.
 
@@ -152,9 +155,11 @@ def make_plan(
         sharding: "none", "fsdp", or None for what the flags say.
         layout: who shares what; None: decided here.
         prompt: tokens of the longest prompt; None: those of `script_args`, else `--max_prompt_length`.
+        room: memory to fit into; None: that of this machine.
 
     Raises:
-        FourscoreError: the checkpoints, prompts or settings are unfit, or the model cannot be traced.
+        FourscoreError: the checkpoints, prompts or settings are unfit.
+        NoPlan: the model's code cannot be traced.
     """
     device = training_args.device
     on_cpu = device.type == "cpu"
@@ -194,7 +199,9 @@ def make_plan(
     except Exception as error:
         name = type(layout.backbones[layout.roles["policy"].backbone].checkpoint.config).__name__
         reason = " ".join(str(error).split())[:200]
-        raise FourscoreError(f"no plan for {name}: {type(error).__name__}: {reason}") from error
+        raise NoPlan(
+            f"no plan for {name}: its code does not run without data ({type(error).__name__}: {reason})"
+        ) from error
 
     shards = world_size if sharding == "fsdp" else 1
     weights = sum(role.weights for role in roles.values())
@@ -206,7 +213,7 @@ def make_plan(
         held += sum(role.mapped for role in roles.values()) // shards
         gathered = 2 * _largest_layer(skeleton)
         roles_gradients = {"policy": roles["policy"].gradients, "value": roles["value_model"].gradients}
-    peaks = {"load": baseline + weights // shards + (held - held if shards == 1 else gathered)}
+    peaks = {"load": baseline + weights // shards + gathered}
     for phase, by_part in parts.items():
         tops = []
         for part, size in by_part.items():
@@ -215,7 +222,7 @@ def make_plan(
             tops.append(size)
         peaks[phase] = held + max(tops) + gathered
     here = local_processes(world_size) if on_cpu else 1
-    room = capacity(device)
+    room = capacity(device) if room is None else room
     limit = room.device if room.device is not None else room.host // here
     return Plan(
         layout=layout,
@@ -259,9 +266,7 @@ def _state_bytes(args: PPOConfig) -> tuple[float, bool]:
 
 
 def _role_plans(skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float) -> dict[str, RolePlan]:
-    storage = {
-        index: layout.backbones[name].storage for name, ids in skeleton.frozen.items() for index in ids
-    }
+    storage = {index: layout.backbones[name].storage for name, ids in skeleton.frozen.items() for index in ids}
     holder: dict[int, str] = {}
     plans: dict[str, RolePlan] = {}
     for name in [role for role in ROLES if role in skeleton.roles]:

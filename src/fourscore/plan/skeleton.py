@@ -254,7 +254,7 @@ class _QuantizedLinear(nn.Linear):
 def _quantize(model: Any, model_args: ModelConfig) -> None:
     """Puts stand-ins in the place of the layers that bitsandbytes would quantize."""
     head = model.get_output_embeddings()
-    for prefix, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             linear = isinstance(child, nn.Linear) or type(child).__name__ == "Conv1D"
             if linear and child is not head and name not in _HEADS:

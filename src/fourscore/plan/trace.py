@@ -7,8 +7,6 @@ counts from its creation until nothing refers to it.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
