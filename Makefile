@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-load bench-memory clean
+.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -33,6 +33,10 @@ bench-load: $(VENV)/.installed
 
 bench-memory: $(VENV)/.installed
 	$(BIN)/python benchmarks/update_memory.py $(FLAGS)
+
+# The planned peak of every phase against the measured one; fails if one is off by more than 10 %.
+bench-plan: $(VENV)/.installed
+	$(BIN)/python benchmarks/plan.py
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

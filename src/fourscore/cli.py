@@ -1,14 +1,17 @@
-"""The command line: `fourscore ppo` and `fourscore demo`.
+"""The command line: `fourscore ppo`, `fourscore plan` and `fourscore demo`.
 
 torch and transformers take seconds to import, so nothing here imports them before it must: `--help` prints a text that
 is kept next to this file, and a typing error in the command name costs no wait.
 """
 
+import argparse
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 from fourscore import __version__
 from fourscore.errors import FourscoreError
@@ -16,6 +19,9 @@ from fourscore.flags import HELP_FILE, closest, parse_ppo, render_help
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
+    from fourscore.models.layout import Layout
+    from fourscore.plan.estimate import Plan
+    from fourscore.preflight import Preflight
 
 _TOP_HELP = """\
 usage: fourscore COMMAND [flags]
@@ -24,10 +30,25 @@ PPO RLHF: a policy, a reference policy, a reward model and a value model.
 
 commands:
   ppo         train a policy; without flags, the checkpoints and prompts that ship with fourscore
+  plan        say how much memory that takes, and whether it fits; reads no weights
   demo        train the shipped policy for a few seeds and measure it against where it started
 
   --version   print the version
   --help      print this; fourscore ppo --help lists its flags
+"""
+
+
+_PLAN_HELP = """\
+usage: fourscore plan [--json] [--world_size N] [--sharding none|fsdp] [flags of fourscore ppo]
+
+Say how much memory a run takes, role by role and phase by phase, and whether it fits this machine. Configs, the headers
+of safetensors files, the tokenizer and the prompts are read, but no weights; no GPU is needed.
+
+  --json             one JSON object; sizes are bytes
+  --world_size N     plan for so many processes (default: those of this run)
+  --sharding NAME    none: every process holds all weights; fsdp: each a share (default: what the flags say)
+
+fourscore ppo --help lists the other flags.
 """
 
 
@@ -48,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(f"fourscore {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "plan": _plan, "demo": _demo}
     try:
         if command not in commands:
             raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
@@ -87,14 +108,50 @@ def _ppo(argv: list[str]) -> int:
             script_args, training_args, model_args = parse_ppo(argv)
         _print_lines("warning:", dict.fromkeys(str(warning.message) for warning in said))
         output_dir = training_args.output_dir
-        _train(script_args, training_args, model_args)
+        return _train(script_args, training_args, model_args)
     except KeyboardInterrupt:
         print(f"\n{_how_to_resume(output_dir)}", file=sys.stderr)
         return 130
+
+
+def _plan(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(_PLAN_HELP, end="")
+        return 0
+    own = _PlanParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--json", action="store_true")
+    own.add_argument("--world_size", type=int)
+    own.add_argument("--sharding", choices=("none", "fsdp"))
+    options, rest = own.parse_known_args(argv)
+    if options.world_size is not None and options.world_size < 1:
+        raise FourscoreError(f"--world_size {options.world_size}: must be at least 1")
+    # Standard output is for the plan alone.
+    with redirect_stdout(sys.stderr):
+        script_args, training_args, model_args = parse_ppo(rest)
+        from rich.console import Console
+
+        from fourscore.plan.advice import advise
+        from fourscore.plan.report import as_json, print_plan
+        from fourscore.preflight import preflight
+
+        checked = preflight(script_args, training_args, model_args, writes=False)
+        _print_lines("warning:", checked.findings.warnings)
+        checked.findings.raise_errors()
+        plan = _make_plan(checked, training_args, model_args, world_size=options.world_size, sharding=options.sharding)
+        advice = [] if plan.fits else advise(plan, training_args, model_args)
+    if options.json:
+        print(json.dumps(as_json(plan, advice), indent=2))
+    else:
+        print_plan(Console(width=100, highlight=False), plan, advice)
     return 0
 
 
-def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> None:
+class _PlanParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise FourscoreError(message.removeprefix("argument "))
+
+
+def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> int:
     from fourscore.models.loading import load_models
     from fourscore.ppo.trainer import PPOTrainer
     from fourscore.preflight import preflight
@@ -109,7 +166,10 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     checked.findings.raise_errors()
     assert checked.train_dataset is not None
     training_args.distributed_state.wait_for_everyone()
-    models = load_models(model_args, training_args, inspected=checked.models)
+    fits, layout = _planned(checked, training_args, model_args)
+    if not fits:
+        return 2
+    models = load_models(model_args, training_args, layout, checked.models)
     trainer = PPOTrainer(
         args=training_args,
         processing_class=models.tokenizer,
@@ -125,6 +185,62 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return 0
+
+
+def _planned(
+    checked: "Preflight", training_args: "PPOConfig", model_args: "ModelConfig"
+) -> "tuple[bool, Layout | None]":
+    """Print the plan in short, with advice on stderr if it does not fit; the main process decides for all.
+
+    Returns:
+        whether to go on, and the layout that the loader is to obey; None where it decides itself.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from fourscore.plan.estimate import NoPlan, Plan
+
+    decision: list[Any] = [None]
+    plan: Plan | None = None
+    if training_args.process_index == 0:
+        try:
+            plan = _make_plan(checked, training_args, model_args)
+            decision = [_may_start(plan, training_args, model_args)]
+        except NoPlan as error:
+            _print_lines("warning:", error.lines)
+            decision = [True]
+        except FourscoreError as error:
+            decision = [error]
+    broadcast_object_list(decision)
+    if isinstance(decision[0], FourscoreError):
+        raise decision[0]
+    return bool(decision[0]), None if plan is None else plan.layout
+
+
+def _make_plan(checked: "Preflight", training_args: "PPOConfig", model_args: "ModelConfig", **options: Any) -> "Plan":
+    from fourscore.data import longest_prompt
+    from fourscore.plan.estimate import make_plan
+
+    prompt = None if checked.train_dataset is None else longest_prompt(checked.train_dataset)
+    return make_plan(training_args, model_args, inspected=checked.models, prompt=prompt, **options)
+
+
+def _may_start(plan: "Plan", training_args: "PPOConfig", model_args: "ModelConfig") -> bool:
+    from fourscore.plan.advice import advise
+    from fourscore.plan.report import advice_lines, short_form, verdict
+
+    for line in short_form(plan):
+        print(line)
+    if plan.fits:
+        return True
+    if training_args.ignore_plan:
+        print(f"warning: --ignore_plan, though {verdict(plan)}", file=sys.stderr)
+        return True
+    print(f"error: {verdict(plan)}", file=sys.stderr)
+    for line in advice_lines(advise(plan, training_args, model_args)):
+        print(f"  {line}", file=sys.stderr)
+    print("  or start it all the same with --ignore_plan", file=sys.stderr)
+    return False
 
 
 def _resume(flag: str | None) -> str | bool | None:

@@ -222,6 +222,8 @@ class PPOConfig(TrainingArguments):
     bf16: bool | None = _flag("bf16", None, nargs="?", const=True)
     ds3_gather_for_generation: bool = _flag("ds3_gather_for_generation", True)
 
+    ignore_plan: bool = _flag("ignore_plan", False)
+
     # transformers 5.23 has both names, before that there is the old one alone. Declared here, both always work.
     activation_checkpointing: bool | None = _flag("activation_checkpointing", None, nargs="?", const=True)
     activation_checkpointing_kwargs: dict[str, Any] | str | None = _flag("activation_checkpointing_kwargs", None)

@@ -196,6 +196,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Liger kernels.", "Their fused loss is cross-entropy, which PPO does not use: leave it out."
         ),
         "liger_kernel_config": _refused("Options of Liger kernels.", "They are not supported: leave it out."),
+        "ignore_plan": _changed("Start though the plan of memory does not fit.", "Not in TRL."),
         "use_cache": _changed(
             "Key-value cache.", "Accepted, has no effect: generation always has a cache, training never."
         ),

@@ -97,6 +97,7 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "push_to_hub",
         "hub_model_id",
         "use_cpu",
+        "ignore_plan",
     ),
     "PEFT and quantization": (
         "use_peft",

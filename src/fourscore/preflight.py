@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from fourscore.data import load_prompts, longest_prompt, read_prompts
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.checks import Inspected, check_length, inspect_models, is_targeted, linear_names, lora_config
-from fourscore.ppo.optim import build_optimizer, build_schedule
+from fourscore.ppo.optim import build_optimizer, build_schedule, state_bytes
 from fourscore.runs import directory
 from fourscore.runs.checkpoint import check_resumable
 
@@ -49,6 +49,8 @@ def preflight(
     training_args: "PPOConfig",
     model_args: "ModelConfig",
     resume: str | bool | None = None,
+    *,
+    writes: bool = True,
 ) -> Preflight:
     """Check a run before any weights are read. Nothing is written, but for the cache of the prompts.
 
@@ -59,6 +61,7 @@ def preflight(
         training_args: all settings; not changed.
         model_args: which checkpoints, and how they are to be loaded.
         resume: a checkpoint of a run, True for the last one in the output directory, or None for a new run.
+        writes: the run is to start now, so its output directory, trackers and processes are looked at, too.
     """
     findings = Findings()
     args = copy.copy(training_args)
@@ -76,6 +79,8 @@ def preflight(
         longest = max(longest_prompt(dataset) for dataset in (train, held_out) if dataset is not None)
         _check_lengths(models, longest, args.response_length, findings)
 
+    if not writes:
+        return Preflight(models, train, held_out, findings)
     _check_settings(args, findings)
     with findings.collect():
         directory.check(str(args.output_dir), resume)
@@ -192,17 +197,7 @@ def checkpoint_bytes(trained: int, optim: str, weights_only: bool) -> int:
         optim: name of the optimizer, as in `--optim`.
         weights_only: `--save_only_model`.
     """
-    return trained * (FP32_BYTES + (0 if weights_only else optimizer_bytes(optim)))
-
-
-def optimizer_bytes(optim: str) -> int:
-    """Bytes of optimizer state for each parameter that trains.
-
-    Args:
-        optim: name of the optimizer, as in `--optim`.
-    """
-    moments = 1 if "lion" in optim else 0 if optim in ("sgd", "adafactor") else 2
-    return moments * (1 if "8bit" in optim or "4bit" in optim else FP32_BYTES)
+    return int(trained * (FP32_BYTES + (0 if weights_only else state_bytes(optim)[0])))
 
 
 def checkpoints_kept(args: "PPOConfig") -> int:

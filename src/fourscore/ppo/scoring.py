@@ -18,8 +18,58 @@ from fourscore.models.forward import (
 )
 from fourscore.models.frozen_layers import recorded, replayed
 from fourscore.ppo.experience import Experience
+from fourscore.ppo.roles import Roles
+from fourscore.rewards.model import score
 
 Autocast = Callable[[], AbstractContextManager]
+
+
+@torch.no_grad()
+def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor:
+    """Fill in logprobs, reference logprobs and values; what two roles have in common is computed once for both.
+
+    Args:
+        roles: the four models.
+        experience: samples; filled in.
+        temperature: the rollout's.
+        batch_size: samples a forward pass.
+
+    Returns:
+        scores `[n]`, fp32.
+    """
+    e = experience
+    e.logprobs, e.values, e.ref_logprobs = policy_of(
+        roles.policy,
+        e,
+        temperature,
+        batch_size,
+        roles.autocast,
+        head=roles.value_head,
+        reference=roles.ref_policy if roles.replays_policy else None,
+        shared_layers=roles.replays_policy,
+    )
+    if e.ref_logprobs is None:
+        with roles.as_reference() as reference:
+            e.ref_logprobs = logprobs_of(reference, e, temperature, batch_size, roles.autocast)
+    if roles.replays_value:
+        shared = roles.replays_value
+        e.values, scores = values_and_scores_of(roles.value_model, roles.reward_model, e, batch_size, shared)
+        return scores
+    if e.values is None:
+        e.values = values_of(roles.value_model, e, batch_size, roles.autocast)
+    return scores_of(roles, e, batch_size)
+
+
+def scores_of(roles: Roles, experience: Experience, batch_size: int) -> Tensor:
+    """What the reward model says of every sample; `[n]`, fp32.
+
+    Args:
+        roles: the four models.
+        experience: samples.
+        batch_size: samples a forward pass.
+    """
+    with roles.as_reward() as reward_model:
+        return score(reward_model, experience, batch_size)
 
 
 @torch.no_grad()

@@ -27,9 +27,8 @@ from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.ppo.objective import objective_metrics
 from fourscore.ppo.optim import build_optimizer, build_schedule
 from fourscore.ppo.roles import prepare_roles
-from fourscore.ppo.scoring import logprobs_of, policy_of, values_and_scores_of, values_of
+from fourscore.ppo.scoring import fill_in, logprobs_of, scores_of
 from fourscore.ppo.update import UpdateSettings, update
-from fourscore.rewards.model import score
 from fourscore.rollout.transformers import Sampling, generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
@@ -215,31 +214,8 @@ class PPOTrainer:
         self.model.train()
         return experience
 
-    @torch.no_grad()
     def _score(self, experience: Experience) -> None:
-        args, roles = self.args, self.roles
-        size = args.local_rollout_forward_batch_size
-        experience.logprobs, experience.values, experience.ref_logprobs = policy_of(
-            roles.policy,
-            experience,
-            args.temperature,
-            size,
-            roles.autocast,
-            head=roles.value_head,
-            reference=roles.ref_policy if roles.replays_policy else None,
-            shared_layers=roles.replays_policy,
-        )
-        if experience.ref_logprobs is None:
-            with roles.as_reference() as reference:
-                experience.ref_logprobs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
-        if roles.replays_value:
-            experience.values, scores = values_and_scores_of(
-                roles.value_model, roles.reward_model, experience, size, roles.replays_value
-            )
-        else:
-            if experience.values is None:
-                experience.values = values_of(roles.value_model, experience, size, roles.autocast)
-            scores = self._reward_scores(experience)
+        scores = fill_in(self.roles, experience, self.args.temperature, self.args.local_rollout_forward_batch_size)
         experience.scores = self._with_penalty(scores, experience)
 
     def _with_penalty(self, scores: torch.Tensor, experience: Experience) -> torch.Tensor:
@@ -250,10 +226,6 @@ class PPOTrainer:
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~experience.has_eos
         return scores
-
-    def _reward_scores(self, experience: Experience) -> torch.Tensor:
-        with self.roles.as_reward() as reward_model:
-            return score(reward_model, experience, self.args.local_rollout_forward_batch_size)
 
     @torch.no_grad()
     def _advantages(self, experience: Experience) -> None:
@@ -369,7 +341,7 @@ class PPOTrainer:
                 e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
                 columns = {
                     "index": indices,
-                    "scores": self._reward_scores(e).tolist(),
+                    "scores": scores_of(self.roles, e, args.local_rollout_forward_batch_size).tolist(),
                     "completion_ids": e.completions(),
                     "completion_length": e.completion_lens.tolist(),
                     "ended": e.has_eos.float().tolist(),

@@ -1,0 +1,287 @@
+"""The plan of a run: what each role is made of and what it takes, from configs and headers alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourscore.config import ModelConfig, PPOConfig
+from fourscore.errors import FourscoreError
+from fourscore.models.checks import Inspected, check_models
+from fourscore.models.layout import Layout, decide_layout
+from fourscore.parallel import is_sharded
+from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes
+from fourscore.plan.phases import Sizes, quiet, trace_phases
+from fourscore.plan.skeleton import Skeleton, build_roles, layers_of, logical_numel
+from fourscore.ppo.optim import state_bytes
+
+PHASES = ("load", "rollout", "scoring", "update")
+ROLES = ("policy", "ref_policy", "reward_model", "value_model")
+ASSUMED_PROMPT = 512
+"""Tokens of the longest prompt where neither the prompts nor `max_prompt_length` tell."""
+
+
+class NoPlan(FourscoreError):
+    """The model's code cannot run on tensors without data, so that nothing is known of its activations."""
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """What one role takes in one process; bytes.
+
+    Attributes:
+        parameters: weights, shared ones included; quantized ones count as the weights they stand for.
+        trainable: of those, the ones that train.
+        dtype: of the trained weights and of the frozen ones, such as "float32" or "float32, nf4".
+        weights: in memory of its own.
+        mapped: read from the file's pages, which cost no memory of their own.
+        shared: weights that a role further up in `Plan.roles` holds already.
+        shared_with: those roles.
+        gradients: while it is updated.
+        optimizer: state.
+    """
+
+    parameters: int
+    trainable: int
+    dtype: str
+    weights: int
+    mapped: int
+    shared: int
+    shared_with: tuple[str, ...]
+    gradients: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's memory, and the layout that the loader obeys.
+
+    Attributes:
+        layout: which weights each role stands on.
+        roles: by name, in the order in which shared weights are booked.
+        sizes: lengths and batches on one process.
+        device: type of device that the roles live on.
+        world_size: processes.
+        sharding: "none" or "fsdp".
+        baseline: bytes of a process before it loads anything; 0 on an accelerator.
+        kv_cache: bytes of the cache at the end of the longest completions.
+        parts: phase -> part of it -> bytes beside weights and optimizer state.
+        peak_bytes: by phase, of one process.
+        mapped_bytes: file pages of frozen weights; all processes of a machine share them.
+        capacity: of this machine.
+        processes_here: processes that share this machine's memory.
+        fits: whether the largest peak is within the capacity.
+        assumptions: what had to be assumed, one sentence each.
+    """
+
+    layout: Layout
+    roles: dict[str, RolePlan]
+    sizes: Sizes
+    device: str
+    world_size: int
+    sharding: str
+    baseline: int
+    kv_cache: int
+    parts: dict[str, dict[str, int]]
+    peak_bytes: dict[str, int]
+    mapped_bytes: int
+    capacity: Capacity
+    processes_here: int
+    fits: bool
+    assumptions: tuple[str, ...] = field(default=())
+
+    @property
+    def largest(self) -> str:
+        """The phase with the largest peak."""
+        return max(self.peak_bytes, key=lambda phase: self.peak_bytes[phase])
+
+    @property
+    def available(self) -> int:
+        """Bytes that one process may take."""
+        if self.capacity.device is not None:
+            return self.capacity.device
+        return self.capacity.host // self.processes_here
+
+
+def make_plan(
+    training_args: PPOConfig,
+    model_args: ModelConfig,
+    *,
+    inspected: Inspected | None = None,
+    world_size: int | None = None,
+    sharding: str | None = None,
+    layout: Layout | None = None,
+    prompt: int | None = None,
+    room: Capacity | None = None,
+) -> Plan:
+    """Plans a run; reads configs and headers, but no weights.
+
+    Args:
+        training_args: batches, lengths, optimizer, precision.
+        model_args: dtype of frozen weights, PEFT, quantization.
+        inspected: the checkpoints, where they were looked at already.
+        world_size: processes; None: those of this run.
+        sharding: "none", "fsdp", or None for what the flags say.
+        layout: who shares what; None: decided here.
+        prompt: tokens of the longest prompt; None: `--max_prompt_length`, else `ASSUMED_PROMPT`.
+        room: memory to fit into; None: that of this machine.
+
+    Raises:
+        FourscoreError: the checkpoints, prompts or settings are unfit.
+        NoPlan: the model's code cannot be traced.
+    """
+    device = training_args.device
+    on_cpu = device.type == "cpu"
+    if layout is None:
+        sft, reward = (inspected.sft, inspected.reward) if inspected else check_models(model_args, training_args)
+        assert sft is not None and reward is not None
+        layout = decide_layout(sft, reward, model_args, training_args, on_cpu=on_cpu)
+    world_size = world_size or training_args.world_size or 1
+    if sharding is None:
+        sharding = "fsdp" if is_sharded(training_args) else "none"
+    if world_size == 1:
+        sharding = "none"
+    assumptions = []
+    if prompt is None:
+        prompt = training_args.max_prompt_length or ASSUMED_PROMPT
+        if training_args.max_prompt_length is None:
+            assumptions.append(f"the longest prompt is taken to have {prompt} tokens: see --max_prompt_length")
+    local_batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    sizes = Sizes(
+        prompt=prompt,
+        response=training_args.response_length,
+        rollout_batch=min(training_args.local_rollout_forward_batch_size, local_batch),
+        minibatch=local_batch // training_args.num_mini_batches,
+        microbatch=min(training_args.per_device_train_batch_size, local_batch // training_args.num_mini_batches),
+    )
+    state, known = state_bytes(training_args.optim.value, training_args.optim_args)
+    if not known:
+        assumptions.append(f"optimizer {training_args.optim.value}: taken as 8 bytes a trained weight")
+
+    baseline = anonymous_bytes() if on_cpu else 0
+    try:
+        with quiet():
+            skeleton = build_roles(layout, model_args, training_args)
+            roles = _role_plans(skeleton, layout, model_args, state)
+        parts = trace_phases(layout, model_args, training_args, sizes, device)
+    except FourscoreError:
+        raise
+    except Exception as error:
+        name = type(layout.backbones[layout.roles["policy"].backbone].checkpoint.config).__name__
+        reason = " ".join(str(error).split())[:200]
+        raise NoPlan(
+            f"no plan for {name}: its code does not run without data ({type(error).__name__}: {reason})"
+        ) from error
+
+    shards = world_size if sharding == "fsdp" else 1
+    weights = sum(role.weights for role in roles.values())
+    optimizer = sum(role.optimizer for role in roles.values())
+    held = baseline + (weights + optimizer) // shards
+    gathered = 0
+    if shards > 1:
+        # Mapped weights are copied into shards, and a layer is gathered while the next one is on its way.
+        held += sum(role.mapped for role in roles.values()) // shards
+        gathered = 2 * _largest_layer(skeleton)
+        roles_gradients = {"policy": roles["policy"].gradients, "value": roles["value_model"].gradients}
+    peaks = {"load": baseline + weights // shards + gathered}
+    for phase, by_part in parts.items():
+        tops = []
+        for part, size in by_part.items():
+            if shards > 1 and phase == "update":
+                size -= min(size, roles_gradients[part.split()[0]]) * (shards - 1) // shards
+            tops.append(size)
+        peaks[phase] = held + max(tops) + gathered
+    here = local_processes(world_size) if on_cpu else 1
+    room = capacity(device) if room is None else room
+    limit = room.device if room.device is not None else room.host // here
+    return Plan(
+        layout=layout,
+        roles=roles,
+        sizes=sizes,
+        device=device.type,
+        world_size=world_size,
+        sharding=sharding,
+        baseline=baseline,
+        kv_cache=_kv_cache(layout, sizes, training_args),
+        parts=parts,
+        peak_bytes=peaks,
+        mapped_bytes=0 if shards > 1 else sum(role.mapped for role in roles.values()),
+        capacity=room,
+        processes_here=here,
+        fits=max(peaks.values()) <= limit,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _role_plans(skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float) -> dict[str, RolePlan]:
+    storage = {index: layout.backbones[name].storage for name, ids in skeleton.frozen.items() for index in ids}
+    holder: dict[int, str] = {}
+    plans: dict[str, RolePlan] = {}
+    for name in [role for role in ROLES if role in skeleton.roles]:
+        model = skeleton.roles[name]
+        numel = logical_numel(model)
+        count = trainable = weights = mapped = shared = 0
+        trained_bytes = trained_numel = 0
+        shared_with: list[str] = []
+        dtypes: dict[str, None] = {}
+        for parameter in model.parameters():
+            size = parameter.numel() * parameter.element_size()
+            logical = numel.get(id(parameter), parameter.numel())
+            count += logical
+            if parameter.requires_grad:
+                trainable += logical
+            if id(parameter) in holder:
+                shared += size
+                if holder[id(parameter)] not in shared_with:
+                    shared_with.append(holder[id(parameter)])
+            else:
+                holder[id(parameter)] = name
+                if storage.get(id(parameter)) == "mapped":
+                    mapped += size
+                else:
+                    weights += size
+                if parameter.requires_grad:
+                    trained_bytes += size
+                    trained_numel += parameter.numel()
+        for parameter in sorted(model.parameters(), key=lambda p: not p.requires_grad):
+            if numel.get(id(parameter), 1):
+                packed = "int8" if model_args.load_in_8bit else model_args.bnb_4bit_quant_type
+                dtypes[packed if id(parameter) in numel else str(parameter.dtype).removeprefix("torch.")] = None
+        plans[name] = RolePlan(
+            parameters=count,
+            trainable=trainable,
+            dtype=", ".join(dtypes),
+            weights=weights,
+            mapped=mapped,
+            shared=shared,
+            shared_with=tuple(shared_with),
+            gradients=trained_bytes,
+            optimizer=int(trained_numel * state),
+        )
+    return plans
+
+
+def _largest_layer(skeleton: Skeleton) -> int:
+    """Bytes of the largest group of weights that FSDP2 gathers at a time."""
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    sizes = []
+    for model in skeleton.roles.values():
+        layers = [size(layer) for layer in layers_of(model)]
+        sizes += [max(layers), size(model) - sum(layers)]
+    return max(sizes)
+
+
+def _kv_cache(layout: Layout, sizes: Sizes, args: PPOConfig) -> int:
+    """Keys and values of every layer, at full length."""
+    backbone = layout.backbones[layout.roles["policy"].backbone]
+    config: Any = backbone.checkpoint.config.get_text_config()
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    bf16 = args.bf16 or backbone.dtype == torch.bfloat16
+    tokens = sizes.rollout_batch * (sizes.prompt + sizes.response)
+    return 2 * int(config.num_hidden_layers) * tokens * groups * head * (2 if bf16 else 4)

@@ -1,0 +1,259 @@
+"""The phases of an update, run on the skeleton of the roles: what each holds beside weights and optimizer state."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fourscore.config import ModelConfig, PPOConfig
+from fourscore.models.layout import Layout
+from fourscore.parallel import Parallel
+from fourscore.plan.skeleton import build_roles, depth_of, fake_tensors, layers_of
+from fourscore.plan.trace import Trace
+from fourscore.ppo.experience import Experience
+from fourscore.ppo.optim import build_optimizer
+from fourscore.ppo.roles import Roles, prepare_roles
+from fourscore.ppo.scoring import fill_in
+from fourscore.ppo.update import UpdateSettings, update
+from fourscore.rollout.transformers import Sampling, generate
+
+_DEPTHS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths in tokens, batches in samples on one process."""
+
+    prompt: int
+    response: int
+    rollout_batch: int
+    minibatch: int
+    microbatch: int
+
+
+def trace_phases(
+    layout: Layout, model_args: ModelConfig, training_args: PPOConfig, sizes: Sizes, device: torch.device
+) -> dict[str, dict[str, int]]:
+    """Peak bytes of what each phase makes: activations, gradients, KV cache, logits, temporaries.
+
+    The code that trains runs for real, on tensors without data. Models of more than three layers run with two and with
+    three: each layer adds the same, so the rest follows. That holds for each part of a phase by itself (peaks of
+    different parts may grow at different rates), which is why parts are told apart.
+
+    Args:
+        layout: what each role is made of.
+        model_args: attention, PEFT, quantization.
+        training_args: everything about the update.
+        sizes: lengths and batches.
+        device: where the roles are to live.
+
+    Returns:
+        phase (`rollout`, `scoring`, `update`) -> part -> bytes.
+    """
+    depths = {name: depth_of(backbone.checkpoint) for name, backbone in layout.backbones.items()}
+    deepest = max(depths.values())
+    if deepest <= _DEPTHS[1]:
+        return _trace(layout, model_args, training_args, sizes, device, None)
+    # Frozen layers make no gradients and keep no activations: one stands for all of them.
+    args, short = _one_frozen_layer(training_args, layout)
+    low, high = (_trace(short, model_args, args, sizes, device, depth) for depth in _DEPTHS)
+
+    def extended(phase: str, part: str) -> int:
+        few, more = low[phase].get(part, 0), high[phase].get(part, 0)
+        role = layout.roles["value_model" if part.startswith("value") else "policy"]
+        depth = depths[role.backbone]
+        if phase == "update" and role.frozen_layers:
+            depth -= role.frozen_layers - 1
+        return max(0, more + (more - few) * (depth - _DEPTHS[1]))
+
+    return {phase: {part: extended(phase, part) for part in parts} for phase, parts in high.items()}
+
+
+def _one_frozen_layer(args: PPOConfig, layout: Layout) -> tuple[PPOConfig, Layout]:
+    if not any(role.frozen_layers for role in layout.roles.values()):
+        return args, layout
+    fewer: Any = copy.copy(args)
+    fewer.freeze_layers = 1
+    roles = {name: replace(role, frozen_layers=min(role.frozen_layers, 1)) for name, role in layout.roles.items()}
+    return fewer, replace(layout, roles=roles)
+
+
+def _trace(
+    layout: Layout,
+    model_args: ModelConfig,
+    training_args: PPOConfig,
+    sizes: Sizes,
+    device: torch.device,
+    depth: int | None,
+) -> dict[str, dict[str, int]]:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # It stands for a real tensor on any device.
+    granule = 512 if device.type == "cuda" else 64
+    with quiet():
+        skeleton = build_roles(layout, model_args, training_args, depth)
+        fake_tensors(skeleton, fake, device)
+        r = skeleton.roles
+        roles = prepare_roles(
+            training_args,
+            r["policy"],
+            r.get("ref_policy"),
+            r["reward_model"],
+            r["value_model"],
+            None,
+            Parallel(device, 0, 1, False),
+        )
+        rollout = _rollout(roles, training_args, sizes, Trace(fake, granule=granule), Trace(fake, granule=granule))
+        experience = _samples(sizes.rollout_batch, sizes)
+        scoring = _scoring(roles, experience, training_args, sizes, Trace(fake, granule=granule))
+        trained = _update(roles, training_args, sizes, fake, Trace(fake, granule=granule))
+    return {"rollout": rollout, "scoring": scoring, "update": trained}
+
+
+@torch.no_grad()
+def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Trace) -> dict[str, int]:
+    """Prefill of the prompts, and the last steps of the longest completions."""
+
+    def complete(trace: Trace, prompt: int, new: int) -> None:
+        sampling = Sampling(new, args.temperature, (), None, sizes.rollout_batch)
+
+        def enter(module: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
+            ids = named["input_ids"] if "input_ids" in named else positional[0]
+            trace.enter_part("prefill" if ids.shape[1] > 1 else "decode")
+
+        handle = _base(roles.policy).register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with trace, roles.autocast():
+                generate(roles.policy, [[1] * prompt for _ in range(sizes.rollout_batch)], sampling)
+        finally:
+            handle.remove()
+
+    roles.policy.eval()
+    complete(first, sizes.prompt, 1)
+    steps = min(3, sizes.response)
+    if steps > 1:
+        complete(last, sizes.prompt + sizes.response - steps, steps)
+    roles.policy.train()
+    return {"prefill": first.peaks["prefill"], "decode": last.peaks.get("decode", 0)}
+
+
+def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: Trace) -> dict[str, int]:
+    parts = {"reward_model": roles.reward_model, "value_model": roles.value_model, "policy": roles.policy}
+    if roles.ref_policy is not None:
+        parts["ref_policy"] = roles.ref_policy
+    handles = [_base(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
+    try:
+        with trace:
+            fill_in(roles, e, args.temperature, sizes.rollout_batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {part: peak for part, peak in trace.peaks.items() if part}
+
+
+def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, trace: Trace) -> dict[str, int]:
+    """One minibatch, of two microbatches if it has several: the second finds the gradients of the first."""
+    microbatches = 2 if sizes.minibatch > sizes.microbatch else 1
+    experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes)
+    tokens = int(experience.completion_lens.sum())
+    for name in ("logprobs", "values", "advantages", "returns"):
+        setattr(experience, name, torch.zeros(tokens))
+    settings = UpdateSettings(
+        epochs=1,
+        minibatch=len(experience),
+        microbatch=sizes.microbatch,
+        temperature=args.temperature,
+        cliprange=args.cliprange,
+        cliprange_value=args.cliprange_value,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm or 0.0,
+    )
+    optimizers = {name: _warm_optimizer(model, args, fake) for name, model in roles.trained.items()}
+    handles = []
+    for name, model in roles.trained.items():
+        handles.append(model.register_forward_pre_hook(_entering(trace, f"{name} forward, backward")))
+        for parameter in _lowest_trained(model):
+            entering = _entering(trace, f"{name} backward's end")
+            handles.append(parameter.register_post_accumulate_grad_hook(entering))
+        handles.append(optimizers[name].register_step_pre_hook(_entering(trace, f"{name} step")))
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with trace:
+            update(
+                roles.policy,
+                roles.value_model,
+                experience,
+                settings,
+                optimizers,
+                Parallel(torch.device("cpu"), 0, 1, False),
+                generator,
+                roles.autocast,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {part: peak for part, peak in trace.peaks.items() if part}
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _entering(trace: Trace, part: str) -> Any:
+    return lambda *args: trace.enter_part(part)
+
+
+def _lowest_trained(model: nn.Module) -> list[nn.Parameter]:
+    """What trains in the lowest layer that trains at all; without one, everything that trains."""
+    for layer in layers_of(model):
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if trained:
+            return trained
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _samples(n: int, sizes: Sizes) -> Experience:
+    """Samples of the longest prompts and completions; their ids are real."""
+    length = sizes.prompt + sizes.response
+    return Experience(
+        input_ids=torch.ones(n * length, dtype=torch.long),
+        prompt_lens=torch.full((n,), sizes.prompt),
+        completion_lens=torch.full((n,), sizes.response),
+        has_eos=torch.ones(n, dtype=torch.bool),
+    )
+
+
+def _warm_optimizer(model: nn.Module, args: PPOConfig, fake: FakeTensorMode) -> torch.optim.Optimizer:
+    """The optimizer after its first step, when its state is there; plain SGD for those that cannot run without data."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        optimizer = build_optimizer(model, args)
+        with Trace(fake), torch.no_grad():
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except Exception:  # kernels of other packages, which know no fake tensors
+        for parameter in trained:
+            parameter.grad = None
+        optimizer = torch.optim.SGD(trained, lr=0.0)
+    return optimizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines and warnings: what is to be said of the roles is said when they are made for real."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

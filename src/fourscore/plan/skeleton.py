@@ -1,0 +1,273 @@
+"""The four roles without weights: modules of the right classes, shapes, dtypes and sharing."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fourscore.config import ModelConfig, PPOConfig, get_peft_config
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
+from fourscore.models.checkpoint import Checkpoint
+from fourscore.models.layout import Layout, RoleLayout
+from fourscore.models.sharing import clone_sharing
+
+_HEADS = ("lm_head", "embed_out", "score")
+
+
+@dataclass
+class Skeleton:
+    """The roles, on the meta device or fake.
+
+    Attributes:
+        roles: module by role; no `ref_policy` where the policy with its adapter off is the reference.
+        frozen: ids of the Parameters that come from the files of a backbone, by the backbone's name.
+    """
+
+    roles: dict[str, nn.Module]
+    frozen: dict[str, set[int]]
+
+
+def depth_of(checkpoint: Checkpoint) -> int:
+    """Layers of a model."""
+    return int(checkpoint.config.get_text_config().num_hidden_layers)
+
+
+def build_roles(
+    layout: Layout, model_args: ModelConfig, training_args: PPOConfig, depth: int | None = None
+) -> Skeleton:
+    """Builds the roles of a layout on the meta device.
+
+    Args:
+        layout: what each role is made of.
+        model_args: attention, PEFT, quantization.
+        training_args: sequence-independent settings of the roles.
+        depth: layers, instead of those of the checkpoints.
+    """
+    peft_config = get_peft_config(model_args)
+    policy_layout, reward_layout = layout.roles["policy"], layout.roles["reward_model"]
+    value_layout = layout.roles["value_model"]
+    frozen: dict[str, set[int]] = {name: set() for name in layout.backbones}
+    roles: dict[str, nn.Module] = {}
+
+    def build(role: RoleLayout, auto: Any, dtype: torch.dtype) -> nn.Module:
+        return _model(layout.backbones[role.backbone].checkpoint, auto, dtype, model_args, depth)
+
+    def hold(role: RoleLayout, auto: Any) -> nn.Module:
+        backbone = layout.backbones[role.backbone]
+        model = build(role, auto, backbone.dtype)
+        if backbone.storage == "quantized":
+            _quantize(model, model_args)
+        freeze(model)
+        return model
+
+    def remember(name: str, model: nn.Module) -> None:
+        frozen[name] |= {id(p) for p in model.parameters()}
+
+    sft = hold(policy_layout, AutoModelForCausalLM)
+    remember(policy_layout.backbone, sft)
+    reward = hold(reward_layout, AutoModelForSequenceClassification)
+    if reward_layout.backbone == policy_layout.backbone:
+        _share_trunk(reward, sft)
+    remember(reward_layout.backbone, reward)
+    roles["reward_model"] = reward
+
+    if policy_layout.trains == "everything":
+        policy = build(policy_layout, AutoModelForCausalLM, torch.float32)
+        _share_bottom(policy, sft, policy_layout.frozen_layers)
+        roles |= {"policy": policy, "ref_policy": sft}
+    else:
+        policy = add_policy_adapter(sft, peft_config)
+        _put_below(policy, layout, policy_layout)
+        roles["policy"] = policy
+    if value_layout.trains == "everything":
+        value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
+        _share_bottom(value, reward, value_layout.frozen_layers)
+    elif value_layout.trains == "adapter":
+        value = add_value_adapter(clone_sharing(reward), peft_config)
+        _put_below(value, layout, value_layout)
+    else:
+        value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
+        _share_trunk(value, policy)
+    roles["value_model"] = value
+    for model in roles.values():
+        model.train()
+        # Already where it is to be: fake Parameters cannot be moved in place.
+        vars(model)["to"] = lambda *args, _model=model, **kwargs: _model
+    return Skeleton(roles, frozen)
+
+
+def fake_tensors(skeleton: Skeleton, fake: FakeTensorMode, device: torch.device) -> None:
+    """Replaces meta tensors by fake ones on `device`, in place; what was shared or tied still is."""
+    memo: dict[int, Tensor] = {}
+
+    def faked(tensor: Tensor) -> Tensor:
+        if id(tensor) not in memo:
+            with fake:
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+            kept.append(tensor)
+        return memo[id(tensor)]
+
+    kept: list[Tensor] = []  # ids stay theirs while they live
+    for model in skeleton.roles.values():
+        for module in model.modules():
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in list(slots.items()):
+                    if tensor is not None and tensor.is_meta:
+                        slots[name] = faked(tensor)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.is_meta:
+                    vars(module)[name] = faked(value)
+
+
+def _model(
+    checkpoint: Checkpoint, auto: Any, dtype: torch.dtype, model_args: ModelConfig, depth: int | None
+) -> nn.Module:
+    config = copy.deepcopy(checkpoint.config)
+    if auto is AutoModelForSequenceClassification:
+        config.num_labels = 1
+    config.quantization_config = None
+    del config.quantization_config
+    if depth is not None:
+        _shorten(config, depth)
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=model_args.attn_implementation,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    model.tie_weights()
+    return model
+
+
+def _shorten(config: Any, depth: int) -> None:
+    """Fewer layers of the same kind; lists with an entry a layer become as short."""
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    for part in {id(config): config, id(text): text}.values():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, list) and len(value) == layers:
+                setattr(part, name, value[:depth])
+    text.num_hidden_layers = depth
+
+
+def _share_trunk(model: nn.Module, other: nn.Module) -> None:
+    """Points the backbone of `model` at the Parameters of the backbone of `other`, by name."""
+    base: Any = other.get_base_model() if hasattr(other, "get_base_model") else other
+    theirs = dict(base.base_model.named_parameters(remove_duplicate=False))
+    plain = {name.replace(".base_layer", ""): parameter for name, parameter in theirs.items()}
+    own: Any = model
+    _point(own.base_model, plain, lambda name: True)
+
+
+def _share_bottom(trained: nn.Module, frozen: nn.Module, layers: int) -> None:
+    """Points embedding and the first `layers` layers of `trained` at the Parameters of `frozen`."""
+    if not layers:
+        return
+    embedding = frozen.get_input_embeddings().weight
+    kept = {id(embedding)}
+    stack = layers_of(frozen)
+    for layer in stack[:layers]:
+        kept |= {id(p) for p in layer.parameters()}
+    theirs = dict(frozen.named_parameters(remove_duplicate=False))
+    _point(trained, theirs, lambda name: id(theirs[name]) in kept)
+
+
+def _point(model: nn.Module, theirs: dict[str, nn.Parameter], wanted: Any) -> None:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in list(module._parameters):
+            full = f"{prefix}.{name}".lstrip(".")
+            if full in theirs and wanted(full):
+                module._parameters[name] = theirs[full]
+
+
+def layers_of(model: Any) -> Any:
+    """The stack of transformer layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def _put_below(model: Any, layout: Layout, role: RoleLayout) -> None:
+    """A frozen adapter of the checkpoint under the role's own."""
+    found = layout.backbones[role.backbone].checkpoint.adapter
+    if role.adapter is None or found is None:
+        return
+    own = model.active_adapter
+    config: Any = copy.deepcopy(found.config)
+    config.inference_mode = True
+    config.modules_to_save = None
+    with torch.device("meta"):
+        model.add_adapter(role.adapter, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.base_model.set_adapter([role.adapter, own])
+    freeze(model)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------- quantization
+
+
+class _Dequantize(torch.autograd.Function):
+    """A product with weights that are unpacked for it, forward and backward: bitsandbytes keeps the packed ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return F.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return torch.matmul(grad, grad.new_empty(ctx.shape)), None, None
+
+
+class _QuantizedLinear(nn.Linear):
+    """A stand-in for bitsandbytes' layers: packed weight and scales as it has them."""
+
+    def __init__(self, linear: nn.Linear, model_args: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        numel = linear.weight.numel()
+        if model_args.load_in_8bit:
+            packed, scales = (torch.int8, linear.weight.shape), 4 * linear.out_features
+        else:
+            # One fp32 scale for 64 weights; nested, one byte each and an fp32 one for 256 of those.
+            blocks = -(-numel // 64)
+            scales = blocks + 4 * -(-blocks // 256) + 1024 if model_args.use_bnb_nested_quant else 4 * blocks
+            packed = (torch.uint8, ((numel + 1) // 2, 1))
+        self.weight = nn.Parameter(torch.empty(packed[1], dtype=packed[0], device="meta"), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(scales, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _Dequantize.apply(x, self.weight, (self.out_features, self.in_features))
+        return out if self.bias is None else out + self.bias
+
+
+def _quantize(model: Any, model_args: ModelConfig) -> None:
+    """Puts stand-ins in the place of the layers that bitsandbytes would quantize."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            linear = isinstance(child, nn.Linear) or type(child).__name__ == "Conv1D"
+            if linear and child is not head and name not in _HEADS:
+                if not isinstance(child, nn.Linear):
+                    child.out_features, child.in_features = child.weight.shape[1], child.weight.shape[0]
+                setattr(module, name, _QuantizedLinear(child, model_args))
+    model.is_quantized = True
+
+
+def logical_numel(module: nn.Module) -> dict[int, int]:
+    """Weights that packed Parameters stand for, by the Parameter's id; scales stand for none."""
+    found: dict[int, int] = {}
+    for layer in module.modules():
+        if isinstance(layer, _QuantizedLinear):
+            found |= {id(layer.weight): layer.in_features * layer.out_features, id(layer.scales): 0}
+    return found

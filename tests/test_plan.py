@@ -1,0 +1,280 @@
+import json
+
+import pytest
+import torch
+from tiny import make_checkpoint
+
+from fourscore import cli, load_models
+from fourscore.config import ModelConfig, PPOConfig
+from fourscore.errors import FourscoreError
+from fourscore.models import loading
+from fourscore.plan import estimate
+from fourscore.plan.advice import advise
+from fourscore.plan.estimate import PHASES, NoPlan, make_plan
+from fourscore.plan.memory import Capacity
+from fourscore.plan.report import as_json
+from fourscore.ppo.optim import build_optimizer
+
+
+@pytest.fixture(autouse=True)
+def no_weights_are_read(monkeypatch, request):
+    """A plan is made of headers; tests that load, too, say so."""
+    if "loads" in request.keywords:
+        return
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.AutoModelForSequenceClassification, "from_pretrained", refuse)
+
+
+def settings(policy, reward, *, model=None, **training):
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "response_length": 8} | training
+    args = PPOConfig(sft_model_path=str(policy), reward_model_path=str(reward), use_cpu=True, **training)
+    return args, ModelConfig(**(model or {}))
+
+
+def room(size):
+    return Capacity(size, None)
+
+
+# --------------------------------------------------------------------------------------------------- weights, state
+
+
+@pytest.mark.loads
+@pytest.mark.parametrize(
+    ("arch", "model", "training"),
+    [
+        ("llama", {}, {}),
+        ("gpt2", {}, {}),
+        ("llama", {"use_peft": True}, {}),
+        ("gemma3_text", {"use_peft": True, "lora_target_modules": ["all-linear"]}, {}),
+        ("llama", {"use_peft": True}, {"value_training": "full"}),
+        ("llama", {"dtype": "bfloat16", "use_peft": True}, {}),
+    ],
+)
+def test_weights_gradients_and_state_are_those_of_the_loaded_roles(arch, model, training, tmp_path):
+    policy = make_checkpoint(arch, tmp_path / "policy")
+    reward = make_checkpoint(arch, tmp_path / "reward", "reward", seed=1)
+    args, model_args = settings(policy, reward, model=model, **training)
+    plan = make_plan(args, model_args, prompt=8)
+    models = load_models(model_args, args)
+    roles = {
+        "policy": models.policy,
+        "ref_policy": models.ref_policy,
+        "reward_model": models.reward_model,
+        "value_model": models.value_model,
+    }
+    roles = {name: role for name, role in roles.items() if role is not None}
+    assert list(plan.roles) == list(roles)
+    seen: set[int] = set()
+    for name, module in roles.items():
+        planned, parameters = plan.roles[name], list(module.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        assert planned.parameters == sum(p.numel() for p in parameters)
+        assert planned.trainable == sum(p.numel() for p in trained)
+        assert planned.gradients == sum(p.numel() * p.element_size() for p in trained)
+        new = {p.data_ptr(): p.numel() * p.element_size() for p in parameters if p.data_ptr() not in seen}
+        assert planned.weights + planned.mapped == sum(new.values())
+        seen |= set(new)
+        if trained:
+            optimizer = build_optimizer(module, args)
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            state = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
+            assert planned.optimizer == sum(t.numel() * t.element_size() for t in state if t.numel() > 1)
+
+
+def test_frozen_weights_of_the_dtype_of_the_file_cost_nothing(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward)
+    mapped = make_plan(args, model_args, prompt=8).roles
+    converted = make_plan(args, ModelConfig(dtype="bfloat16"), prompt=8).roles
+    assert mapped["ref_policy"].weights == mapped["reward_model"].weights == 0
+    assert mapped["ref_policy"].mapped == 2 * converted["ref_policy"].weights > 0
+    assert converted["ref_policy"].mapped == 0
+
+
+def test_four_bits(llama_policy, llama_reward):
+    peft = {"use_peft": True, "lora_target_modules": ["all-linear"]}
+    args, model_args = settings(llama_policy, llama_reward, model=peft)
+    plain = make_plan(args, model_args, prompt=8).roles["policy"]
+    quantized = make_plan(args, ModelConfig(load_in_4bit=True, **peft), prompt=8).roles["policy"]
+    assert (quantized.parameters, quantized.trainable) == (plain.parameters, plain.trainable)
+    assert "nf4" in quantized.dtype
+    assert quantized.weights < plain.weights + plain.mapped
+
+
+# ------------------------------------------------------------------------------------------------------------- peaks
+
+
+def test_what_grows_with_what(llama_policy, llama_reward):
+    def peaks(**training):
+        args, model_args = settings(llama_policy, llama_reward, **training)
+        parts = make_plan(args, model_args, prompt=16).parts
+        return {phase: max(sizes.values()) for phase, sizes in parts.items()}
+
+    start = peaks(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    smaller = peaks(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert smaller["update"] < start["update"]
+    assert smaller["rollout"] == start["rollout"]
+    longer = peaks(per_device_train_batch_size=4, gradient_accumulation_steps=1, response_length=64)
+    assert all(longer[phase] > start[phase] for phase in ("rollout", "scoring", "update"))
+    split = peaks(per_device_train_batch_size=4, gradient_accumulation_steps=1, local_rollout_forward_batch_size=1)
+    assert split["scoring"] < start["scoring"] and split["rollout"] < start["rollout"]
+    assert split["update"] == start["update"]
+
+
+@pytest.mark.parametrize("model", [{}, {"use_peft": True}])
+def test_layers_are_extrapolated_exactly(model, tmp_path, monkeypatch):
+    policy = make_checkpoint("llama", tmp_path / "policy", num_hidden_layers=7)
+    reward = make_checkpoint("llama", tmp_path / "reward", "reward", num_hidden_layers=7)
+    args, model_args = settings(policy, reward, model=model, response_length=40)
+    short = make_plan(args, model_args, prompt=16).parts
+    monkeypatch.setattr("fourscore.plan.phases._DEPTHS", (6, 7))
+    whole = make_plan(args, model_args, prompt=16).parts
+    for phase in whole:
+        assert max(short[phase].values()) == pytest.approx(max(whole[phase].values()), rel=0.002)
+
+
+def test_checkpointing_lowers_the_update(llama_policy, llama_reward):
+    def update(**training):
+        args, model_args = settings(
+            llama_policy, llama_reward, response_length=64, per_device_train_batch_size=8, **training
+        )
+        return make_plan(args, model_args, prompt=32).parts["update"]["policy forward, backward"]
+
+    assert update(gradient_checkpointing=True) < 0.8 * update()
+
+
+def test_processes_share_weights_only_when_sharded(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward)
+    one = make_plan(args, model_args, prompt=8, world_size=1)
+    whole = make_plan(args, model_args, prompt=8, world_size=4)
+    sharded = make_plan(args, model_args, prompt=8, world_size=4, sharding="fsdp")
+    assert (whole.world_size, whole.sharding, sharded.sharding) == (4, "none", "fsdp")
+    assert whole.peak_bytes["update"] - whole.baseline == one.peak_bytes["update"] - one.baseline
+    assert sharded.peak_bytes["update"] - sharded.baseline < one.peak_bytes["update"] - one.baseline
+
+
+def test_model_that_cannot_be_traced_is_named(llama_policy, llama_reward, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("data dependent")
+
+    monkeypatch.setattr(estimate, "trace_phases", broken)
+    with pytest.raises(NoPlan, match=r"LlamaConfig.*data dependent"):
+        make_plan(*settings(llama_policy, llama_reward), prompt=8)
+
+
+# ------------------------------------------------------------------------------------------------------ fits, advice
+
+
+def test_fits_and_advice_is_of_plans_made_again(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward, response_length=64, per_device_train_batch_size=8)
+    plan = make_plan(args, model_args, prompt=32)
+    peak = max(plan.peak_bytes.values())
+    assert plan.fits
+    assert make_plan(args, model_args, prompt=32, room=room(2 * peak)).fits
+    over = make_plan(args, model_args, prompt=32, room=room(int(0.97 * peak)))
+    assert not over.fits
+    advice = advise(over, args, model_args)
+    assert any(a.fits for a in advice)
+    for a in advice:
+        assert a.peak_bytes < peak
+        assert a.fits == (a.peak_bytes <= over.available)
+    first = next(a for a in advice if a.flags.startswith("--per_device_train_batch_size 4"))
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = 4, 4
+    again = max(make_plan(args, model_args, prompt=32).peak_bytes.values())
+    assert first.peak_bytes == pytest.approx(again, rel=0.05)  # the process itself grows a little meanwhile
+
+
+def test_json_has_what_machines_ask_for(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward)
+    plan = json.loads(json.dumps(as_json(make_plan(args, model_args, prompt=8), [])))
+    assert set(plan["roles"]) == {"policy", "ref_policy", "reward_model", "value_model"}
+    assert list(plan["peak_bytes"]) == list(PHASES)
+    assert all(isinstance(size, int) for size in plan["peak_bytes"].values())
+    assert plan["shared"]["sft"]["roles"] == ["ref_policy"] and plan["fits"] is True
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def flags(tmp_path, llama_policy, llama_reward):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "the film " * n + "was"}) + "\n" for n in range(1, 9)))
+    return [
+        *("--sft_model_path", str(llama_policy), "--reward_model_path", str(llama_reward)),
+        *("--dataset_name", str(prompts), "--output_dir", str(tmp_path / "run"), "--use_cpu"),
+        *("--per_device_train_batch_size", "4", "--response_length", "5", "--max_steps", "1"),
+    ]
+
+
+def test_plan_prints_nothing_but_json(flags, capsys):
+    assert cli.main(["plan", "--json", "--world_size", "2", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["world_size"] == 2 and plan["sizes"]["response_tokens"] == 5
+    assert plan["sizes"]["prompt_tokens"] > 8  # the longest of the file
+
+
+def test_plan_for_people_is_narrow(flags, capsys):
+    assert cli.main(["plan", *flags]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "value_model" in out and "scoring" in out and "within" in out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--world_size", "0"], "--world_size 0: must be at least 1"),
+        (["--world_size", "two"], "--world_size: invalid int value"),
+        (["--sharding", "zero"], "--sharding: invalid choice"),
+        (["--max_step", "2"], "did you mean --max_steps?"),
+    ],
+)
+def test_bad_flags_of_plan(extra, message, flags, capsys):
+    assert cli.main(["plan", *flags, *extra]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_help(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--world_size" in out and "fourscore ppo --help" in out and max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.loads
+def test_ppo_stops_when_the_plan_does_not_fit(flags, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(estimate, "capacity", lambda device: room(10 * 2**20))
+    loads = []
+    monkeypatch.setattr(
+        loading, "load_models", lambda *args, _load=loading.load_models: loads.append(1) or _load(*args)
+    )
+    assert cli.main(["ppo", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: the peak is") and "DOES NOT FIT" in err and "--ignore_plan" in err
+    assert not loads and not (tmp_path / "run").exists()
+    assert cli.main(["ppo", *flags, "--ignore_plan"]) == 0
+    assert loads and "--ignore_plan" in capsys.readouterr().err
+
+
+@pytest.mark.loads
+def test_ppo_goes_on_without_a_plan(flags, capsys, monkeypatch):
+    def none(*args):
+        raise RuntimeError("exotic")
+
+    monkeypatch.setattr(estimate, "trace_phases", none)
+    assert cli.main(["ppo", *flags]) == 0
+    assert "warning: no plan for LlamaConfig" in capsys.readouterr().err
+    assert cli.main(["plan", *flags]) == 2
+    assert "no plan for LlamaConfig" in capsys.readouterr().err
+
+
+def test_plan_of_what_cannot_be_trained_says_so(flags, tmp_path, capsys):
+    assert cli.main(["plan", *flags, "--sft_model_path", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(FourscoreError, match="nowhere"):
+        make_plan(*settings(tmp_path / "nowhere", tmp_path))
