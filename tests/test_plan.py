@@ -163,7 +163,7 @@ def test_model_that_cannot_be_traced_is_named(llama_policy, llama_reward, monkey
         raise RuntimeError("data dependent")
 
     monkeypatch.setattr(estimate, "trace_phases", broken)
-    with pytest.raises(NoPlan, match="LlamaConfig.*data dependent"):
+    with pytest.raises(NoPlan, match=r"LlamaConfig.*data dependent"):
         make_plan(None, *settings(llama_policy, llama_reward), prompt=8)
 
 

@@ -188,7 +188,6 @@ def make_plan(
     if not known:
         assumptions.append(f"optimizer {training_args.optim.value}: taken as 8 bytes a trained weight")
 
-    baseline = anonymous_bytes() if on_cpu else 0
     try:
         with quiet():
             skeleton = build_skeleton(layout, model_args, training_args)
@@ -203,6 +202,8 @@ def make_plan(
             f"no plan for {name}: its code does not run without data ({type(error).__name__}: {reason})"
         ) from error
 
+    # Now that all the code has run that a run will import.
+    baseline = anonymous_bytes() if on_cpu else 0
     shards = world_size if sharding == "fsdp" else 1
     weights = sum(role.weights for role in roles.values())
     optimizer = sum(role.optimizer for role in roles.values())
