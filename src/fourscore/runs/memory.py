@@ -21,6 +21,21 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+_M_MMAP_THRESHOLD = -3
+_LARGE = 2**16
+
+
+def map_large_blocks() -> None:
+    """Makes the C library map each block of 64 KiB and more, and unmap it when it is freed.
+
+    glibc starts so, but after the first large block is freed it keeps blocks of up to 32 MiB in its heap. It does not
+    reuse those well where they are aligned, as tensors are: an update then holds twice what is alive in it.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
 def give_back_freed_memory() -> None:
     """Hands freed memory back to the system where the C library keeps it.
 
