@@ -144,9 +144,7 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
     from fourscore.ppo.trainer import PPOTrainer
     from fourscore.runs import directory
     from fourscore.runs.logs import set_up_logging
-    from fourscore.runs.memory import map_large_blocks
 
-    map_large_blocks()
     set_up_logging(training_args)
     resume = _resume(training_args.resume_from_checkpoint)
     # Every process looks before any of them can write there, so that all of them stop in the same way.

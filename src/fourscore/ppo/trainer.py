@@ -32,7 +32,7 @@ from fourscore.rewards.model import score
 from fourscore.rollout.transformers import Sampling, generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
-from fourscore.runs.memory import give_back_freed_memory, map_large_blocks, peak_gib
+from fourscore.runs.memory import peak_gib
 from fourscore.runs.metrics import JsonLines, write_json_atomic
 from fourscore.runs.progress import PPOProgress
 
@@ -95,7 +95,6 @@ class PPOTrainer:
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        map_large_blocks()
         self.args = args
         self.processing_class = processing_class
         self.parallel = Parallel.start(args)
@@ -179,14 +178,11 @@ class PPOTrainer:
             clock = _Clock()
 
             experience = self._rollout(self._next_prompts())
-            give_back_freed_memory()
             clock.lap("time/rollout_s")
             self._score(experience)
-            give_back_freed_memory()
             clock.lap("time/scoring_s")
             self._advantages(experience)
             metrics = self._update(experience)
-            give_back_freed_memory()
             clock.lap("time/update_s")
 
             state.global_step += 1
