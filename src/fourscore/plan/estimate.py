@@ -197,7 +197,7 @@ def make_plan(
     try:
         with quiet():
             skeleton = build_skeleton(layout, model_args, training_args)
-            roles = _role_plans(skeleton, layout, model_args, state)
+            roles = _role_plans(skeleton, layout, model_args, state, on_cpu)
         parts = trace_phases(layout, model_args, training_args, sizes, device)
     except FourscoreError:
         raise
@@ -272,9 +272,21 @@ def _state_bytes(args: PPOConfig) -> tuple[float, bool]:
     return _STATE_BYTES.get(name, 8.0), name in _STATE_BYTES
 
 
-def _role_plans(skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float) -> dict[str, RolePlan]:
-    storage = {index: layout.backbones[name].storage for name, ids in skeleton.frozen.items() for index in ids}
-    holder: dict[int, str] = {}
+def _role_plans(
+    skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float, on_cpu: bool
+) -> dict[str, RolePlan]:
+    storage = {index: layout.backbones[name] for name, ids in skeleton.frozen.items() for index in ids}
+
+    def is_mapped(index: int, packed: dict[int, int]) -> bool:
+        backbone = storage.get(index)
+        if backbone is None:
+            return False
+        # What quantization leaves alone (embeddings, heads, norms) stays in its file, too.
+        whole = backbone.storage == "quantized" and index not in packed and on_cpu
+        return backbone.storage == "mapped" or (whole and backbone.checkpoint.dtype == backbone.dtype)
+
+        holder: dict[int, str] = {}
+
     plans: dict[str, RolePlan] = {}
     for name in [role for role in ROLES if role in skeleton.roles]:
         model = skeleton.roles[name]
@@ -295,7 +307,7 @@ def _role_plans(skeleton: Skeleton, layout: Layout, model_args: ModelConfig, sta
                     shared_with.append(holder[id(parameter)])
             else:
                 holder[id(parameter)] = name
-                if storage.get(id(parameter)) == "mapped":
+                if is_mapped(id(parameter), numel):
                     mapped += size
                 else:
                     weights += size

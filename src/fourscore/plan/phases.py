@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,9 +21,7 @@ from fourscore.plan.trace import Trace
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.optim import build_optimizer
 from fourscore.ppo.roles import Roles, prepare_roles
-from fourscore.ppo.scoring import logprobs_of, values_of
-from fourscore.ppo.update import UpdateSettings, update
-from fourscore.rewards.model import score
+from fourscore.ppo.trainer import PPOTrainer
 from fourscore.rollout.transformers import Sampling, generate
 
 _DEPTHS = (2, 3)
@@ -145,20 +144,28 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
     return {"prefill": first.peaks["prefill"], "decode": last.peaks.get("decode", 0)}
 
 
-@torch.no_grad()
-def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: Trace) -> dict[str, int]:
-    size = sizes.rollout_batch
+def _scoring(roles: Roles, experience: Experience, args: PPOConfig, sizes: Sizes, trace: Trace) -> dict[str, int]:
+    trainer = _trainer(roles, args, sizes)
     with trace:
-        trace.enter_part("policy")
-        e.logprobs = logprobs_of(roles.policy, e, args.temperature, size, roles.autocast)
-        trace.enter_part("ref_policy")
-        with roles.as_reference() as reference:
-            e.ref_logprobs = logprobs_of(reference, e, args.temperature, size, roles.autocast)
-        trace.enter_part("value_model")
-        e.values = values_of(roles.value_model, e, size, roles.autocast)
-        trace.enter_part("reward_model")
-        e.scores = score(roles.reward_model, e, size)
+        trace.enter_part("scoring")
+        trainer._score(experience)
     return dict(trace.peaks)
+
+
+def _trainer(roles: Roles, args: PPOConfig, sizes: Sizes) -> Any:
+    """A trainer with roles and settings, but no data and no files: enough for a single phase."""
+    trainer: Any = object.__new__(PPOTrainer)
+    trainer.args = copy.copy(args)
+    trainer.args.local_rollout_forward_batch_size = sizes.rollout_batch
+    trainer.args.per_device_train_batch_size = sizes.microbatch
+    trainer.args.num_ppo_epochs = 1
+    trainer.roles = roles
+    trainer.model, trainer.ref_model = roles.policy, roles.ref_policy
+    trainer.reward_model, trainer.value_model = roles.reward_model, roles.value_model
+    trainer.parallel = Parallel(torch.device("cpu"), 0, 1, False)
+    trainer.state = SimpleNamespace(global_step=0)
+    trainer.schedules = {"policy": SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)}
+    return trainer
 
 
 def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, trace: Trace) -> dict[str, int]:
@@ -168,16 +175,6 @@ def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, t
     tokens = int(experience.completion_lens.sum())
     for name in ("logprobs", "values", "advantages", "returns"):
         setattr(experience, name, torch.zeros(tokens))
-    settings = UpdateSettings(
-        epochs=1,
-        minibatch=len(experience),
-        microbatch=sizes.microbatch,
-        temperature=args.temperature,
-        cliprange=args.cliprange,
-        cliprange_value=args.cliprange_value,
-        vf_coef=args.vf_coef,
-        max_grad_norm=args.max_grad_norm or 0.0,
-    )
     optimizers = {name: _warm_optimizer(model, args, fake) for name, model in roles.trained.items()}
     handles = []
     for name, model in roles.trained.items():
@@ -186,19 +183,12 @@ def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, t
             entering = _entering(trace, f"{name} backward's end")
             handles.append(parameter.register_post_accumulate_grad_hook(entering))
         handles.append(optimizers[name].register_step_pre_hook(_entering(trace, f"{name} step")))
-    generator = torch.Generator().manual_seed(0)
+    trainer = _trainer(roles, args, sizes)
+    trainer.args.local_mini_batch_size = len(experience)
+    trainer.optimizers = optimizers
     try:
         with trace:
-            update(
-                roles.policy,
-                roles.value_model,
-                experience,
-                settings,
-                list(optimizers.values()),
-                Parallel(torch.device("cpu"), 0, 1, False),
-                generator,
-                roles.autocast,
-            )
+            trainer._update(experience)
     finally:
         for handle in handles:
             handle.remove()
