@@ -170,13 +170,16 @@ def test_model_that_cannot_be_traced_is_named(llama_policy, llama_reward, monkey
 # ------------------------------------------------------------------------------------------------------ fits, advice
 
 
-def test_fits_and_advice_is_of_plans_made_again(llama_policy, llama_reward):
+def test_fits_and_advice_is_of_plans_made_again(llama_policy, llama_reward, monkeypatch):
+    # The process itself is a hundred times larger than these models.
+    monkeypatch.setattr(estimate, "anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(estimate, "RUNNING", 0)
     args, model_args = settings(llama_policy, llama_reward, response_length=64, per_device_train_batch_size=8)
     plan = make_plan(args, model_args, prompt=32)
     peak = max(plan.peak_bytes.values())
     assert plan.fits
     assert make_plan(args, model_args, prompt=32, room=room(2 * peak)).fits
-    over = make_plan(args, model_args, prompt=32, room=room(int(0.97 * peak)))
+    over = make_plan(args, model_args, prompt=32, room=room(int(0.8 * peak)))
     assert not over.fits
     advice = advise(over, args, model_args)
     assert any(a.fits for a in advice)
@@ -186,7 +189,7 @@ def test_fits_and_advice_is_of_plans_made_again(llama_policy, llama_reward):
     first = next(a for a in advice if a.flags.startswith("--per_device_train_batch_size 4"))
     args.per_device_train_batch_size, args.gradient_accumulation_steps = 4, 4
     again = max(make_plan(args, model_args, prompt=32).peak_bytes.values())
-    assert first.peak_bytes == pytest.approx(again, rel=0.05)  # the process itself grows a little meanwhile
+    assert first.peak_bytes == again
 
 
 def test_json_has_what_machines_ask_for(llama_policy, llama_reward):
