@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import fourscore.models.forward as forward_module
 from fourscore.errors import FourscoreError
+from fourscore.models import forward
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import (
@@ -356,3 +357,24 @@ def test_batched_scoring_keeps_the_order_of_samples(llama: Any, llama_critic: An
         )
         assert_close(score(llama_critic, e, batch_size), own_scores(llama_critic, SAMPLES), **CLOSE)
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_a_head_that_has_a_gradient_takes_up_the_next(arch: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(arch, make_tokenizer(), tie_word_embeddings=tied).double()
+    batch = rectangle(SAMPLES, PROMPT_LENS)
+    monkeypatch.setattr(forward, "CHUNK_BYTES", 4 * 300 * 5)
+
+    def backward() -> None:
+        logprobs, _ = completion_logprobs(model, batch, 0.7)
+        (logprobs * torch.arange(len(logprobs))).sum().backward()
+
+    backward()
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    head = model.get_output_embeddings().weight
+    held = head.grad
+    backward()
+    assert head.grad is held and head.requires_grad
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, 2 * once[name], rtol=1e-12, atol=1e-14)

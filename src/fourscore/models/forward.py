@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -164,7 +165,8 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
         if torch.is_grad_enabled() and not states.requires_grad:
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
         size = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
-        output.logits, entropy = _ChunkedLogprobs.apply(states, batch.targets, temperature, size, logits_of)
+        head = base.get_output_embeddings()
+        output.logits, entropy = _ChunkedLogprobs.apply(states, batch.targets, temperature, size, logits_of, head)
         entropies.append(entropy)
         return output
 
@@ -182,10 +184,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, targets: Tensor, temperature: float, size: int, logits_of: Callable[[Tensor], Tensor]
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        temperature: float,
+        size: int,
+        logits_of: Callable[[Tensor], Tensor],
+        head: nn.Module | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(states, targets)
-        ctx.temperature, ctx.size, ctx.logits_of = temperature, size, logits_of
+        ctx.temperature, ctx.size, ctx.logits_of, ctx.head = temperature, size, logits_of, head
         kind = states.device.type
         # Without its cache: it would hand out the casts of weights that were made here, without a graph.
         ctx.autocast = partial(
@@ -210,7 +218,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         pieces = []
         for some, chosen, grads in zip(*(x.split(ctx.size) for x in (states, targets, grad)), strict=True):
             some = some.detach().requires_grad_()
-            with torch.enable_grad(), ctx.autocast():
+            with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
             # d logprob / d logits = (onehot - softmax) / temperature, written over one copy of the logits.
             slope = _scaled(logits.detach(), ctx.temperature)
@@ -221,7 +229,31 @@ class _ChunkedLogprobs(torch.autograd.Function):
             slope.scatter_add_(1, chosen[:, None], grads)
             logits.backward(slope.to(logits.dtype))
             pieces.append(some.grad)
-        return torch.cat(pieces), None, None, None, None
+        return torch.cat(pieces), None, None, None, None, None
+
+
+@contextmanager
+def _gradient_in_place(head: Any) -> Iterator[None]:
+    """In this context a plain head's gradient will be added to the `.grad` it has, without a second `[V, d]` tensor."""
+    weight = head.weight if type(head) is nn.Linear and head.bias is None else None
+    if weight is None or not weight.requires_grad or weight.grad is None or isinstance(weight, DTensor):
+        yield
+        return
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        states = args[0].detach()
+
+        def add(slope: Tensor) -> None:
+            weight.grad.addmm_(slope.flatten(0, -2).T.to(weight.dtype), states.flatten(0, -2).to(weight.dtype))
+
+        output.register_hook(add)
+
+    weight.requires_grad_(False)
+    try:
+        with _hook(head.register_forward_hook(keep)):
+            yield
+    finally:
+        weight.requires_grad_(True)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -211,7 +211,7 @@ def _entering(trace: Trace, part: str) -> Any:
 
 def _lowest_trained(model: nn.Module) -> list[nn.Parameter]:
     """What trains in the lowest layer that trains at all; without one, everything that trains."""
-    for layer in layers_of(model):
+    for layer in layers_of(model) if hasattr(model, "config") else ():  # a head on a shared trunk has none
         trained = [p for p in layer.parameters() if p.requires_grad]
         if trained:
             return trained

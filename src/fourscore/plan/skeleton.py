@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fourscore.config import ModelConfig, PPOConfig, get_peft_config
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
 from fourscore.models.checkpoint import Checkpoint
+from fourscore.models.forward import score_head
+from fourscore.models.frozen_layers import adopt_bottom, freeze_bottom
 from fourscore.models.layout import Layout, RoleLayout
 from fourscore.models.sharing import clone_sharing
+from fourscore.models.trunk import share_trunk
 
 _HEADS = ("lm_head", "embed_out", "score")
 
@@ -78,7 +81,7 @@ def build_roles(
 
     if policy_layout.trains == "everything":
         policy = build(policy_layout, AutoModelForCausalLM, torch.float32)
-        _share_bottom(policy, sft, policy_layout.frozen_layers)
+        _stand_on(policy, sft, policy_layout.frozen_layers)
         roles |= {"policy": policy, "ref_policy": sft}
     else:
         policy = add_policy_adapter(sft, peft_config)
@@ -86,18 +89,18 @@ def build_roles(
         roles["policy"] = policy
     if value_layout.trains == "everything":
         value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
-        _share_bottom(value, reward, value_layout.frozen_layers)
+        _stand_on(value, reward, value_layout.frozen_layers)
     elif value_layout.trains == "adapter":
         value = add_value_adapter(clone_sharing(reward), peft_config)
         _put_below(value, layout, value_layout)
     else:
-        value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
-        _share_trunk(value, policy)
+        value = share_trunk(policy)
     roles["value_model"] = value
     for model in roles.values():
         model.train()
-        # Already where it is to be: fake Parameters cannot be moved in place.
-        vars(model)["to"] = lambda *args, _model=model, **kwargs: _model
+        # Already where they are to be: fake Parameters cannot be moved in place.
+        for module in (model, score_head(model)) if hasattr(model, "score") else (model,):
+            vars(module)["to"] = lambda *args, _module=module, **kwargs: _module
     return Skeleton(roles, frozen)
 
 
@@ -167,17 +170,9 @@ def _share_trunk(model: nn.Module, other: nn.Module) -> None:
     _point(own.base_model, plain, lambda name: True)
 
 
-def _share_bottom(trained: nn.Module, frozen: nn.Module, layers: int) -> None:
-    """Points embedding and the first `layers` layers of `trained` at the Parameters of `frozen`."""
-    if not layers:
-        return
-    embedding = frozen.get_input_embeddings().weight
-    kept = {id(embedding)}
-    stack = layers_of(frozen)
-    for layer in stack[:layers]:
-        kept |= {id(p) for p in layer.parameters()}
-    theirs = dict(frozen.named_parameters(remove_duplicate=False))
-    _point(trained, theirs, lambda name: id(theirs[name]) in kept)
+def _stand_on(trained: nn.Module, frozen: nn.Module, layers: int) -> None:
+    adopt_bottom(trained, frozen, layers)
+    freeze_bottom(trained, layers)
 
 
 def _point(model: nn.Module, theirs: dict[str, nn.Parameter], wanted: Any) -> None:

@@ -50,7 +50,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: f
         returns: `[C]`.
         cliprange: epsilon, in units of value.
     """
-    near = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    near = values.clamp(old_values - cliprange, old_values + cliprange)  # inside that range the very same number
     plain = (values - returns).square()
     clipped = (near - returns).square()
     return LossTerms(0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).sum())

@@ -133,7 +133,8 @@ def prepare_roles(
         freeze(ref_policy)
     # With a shared trunk the value model has nothing of its own to share.
     frozen = [ref_policy, reward_model, None if shared_trunk else value_model, policy]
-    if freed := share_frozen([model for model in frozen if model is not None]):
+    freed = share_frozen([model for model in frozen if model is not None])
+    if freed >= 2**20:
         logger.info("models that came from one checkpoint share %.2f GiB of frozen weights", freed / 2**30)
     if args.freeze_layers:
         tied = ", and lm_head, which is tied to it" if has_tied_head(policy) else ""
