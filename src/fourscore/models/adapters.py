@@ -32,7 +32,8 @@ HEAD = "score"
 """Name of the head of a reward or value model in every decoder that transformers gives one."""
 
 _SAVED = "_modules_of_frozen_adapter"
-_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", HEAD, "classifier"})
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", HEAD, "classifier"})
+"""Names that models give the layer behind the backbone."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -50,7 +51,7 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
     Raises:
         FourscoreError: the adapter is of another model.
     """
-    state = load_peft_weights(adapter.path, device="cpu")
+    state = load_peft_weights(adapter.path, device="cpu", revision=adapter.revision)
     saved, rest = _split_saved_modules(model, state)
     for target, tensor in saved.items():
         owner = model.get_submodule(target.rpartition(".")[0])
@@ -122,13 +123,13 @@ def add_value_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     config.task_type = TaskType.SEQ_CLS
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):
-        targets = [targets] if targets in _OUTPUT_LAYERS else None
+        targets = [targets] if targets in OUTPUT_LAYERS else None
     if targets is not None:
-        kept = {target for target in targets if target.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS}
+        kept = {target for target in targets if target.rsplit(".", 1)[-1] not in OUTPUT_LAYERS}
         config.target_modules = kept or DUMMY_TARGET_MODULES
     saved = getattr(config, "modules_to_save", None) or []
     # PEFT adds the head itself where the adapter is the model's first, for this task type.
-    config.modules_to_save = [name for name in saved if name.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS]
+    config.modules_to_save = [name for name in saved if name.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
     if isinstance(model, PeftModel):
         config.modules_to_save.append(HEAD)
     return _wrap(model, config)

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fourscore.config import get_peft_config, get_quantization_config
 from fourscore.errors import Findings, FourscoreError
-from fourscore.models.adapters import _OUTPUT_LAYERS, HEAD
+from fourscore.models.adapters import HEAD, OUTPUT_LAYERS
 from fourscore.models.checkpoint import Checkpoint, TensorHeader, find_checkpoint
 from fourscore.models.layout import frozen_dtype
 from fourscore.models.tokenizer import load_tokenizer
@@ -373,7 +373,7 @@ def check_lora(
         # What only a policy has (lm_head) is left out of the value model's adapter.
         there = config.target_modules
         if not isinstance(there, str):
-            there = {name for name in there if name.rsplit(".", 1)[-1] not in _OUTPUT_LAYERS}
+            there = {name for name in there if name.rsplit(".", 1)[-1] not in OUTPUT_LAYERS}
         # One name that matches will do here: policy and value model may be of different architectures.
         if policy is None or not any(is_targeted(there, name) for name, _ in value.named_modules()):
             with findings.collect():
@@ -470,7 +470,7 @@ def _nothing_named(flag: str, name: str, model: nn.Module, there: Iterable[str])
 def linear_names(model: nn.Module) -> list[str]:
     """The last parts of the names of linear layers, but for those of the output."""
     found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, _LINEAR)}
-    return sorted(found - _OUTPUT_LAYERS)
+    return sorted(found - OUTPUT_LAYERS)
 
 
 # ------------------------------------------------------------------------------------------- tokenizers and positions
