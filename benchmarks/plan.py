@@ -1,7 +1,7 @@
 """The plan against what a run really takes: `make bench-plan`.
 
-Each configuration trains for two updates in a process of its own, on a Llama of SmolLM2-135M's shape with random
-weights. Memory is the process's peak anonymous memory (RssAnon), sampled every 2 ms; the second update counts. Exits 1
+Each configuration trains for two updates in a process of its own, on a Llama of SmolLM2-135M's width with random
+weights, of 12 layers unless --layers says otherwise. Memory is the process's peak anonymous memory (RssAnon), sampled every 2 ms; the second update counts. Exits 1
 if a phase of any configuration is off by more than 10 %.
 """
 
@@ -21,7 +21,7 @@ LIMIT = 0.10
 LOAD, ROLLOUT, SCORING, UPDATE = PHASES = ("load", "rollout", "scoring", "update")
 FULL_SHAPE = {
     "hidden_size": 576,
-    "num_hidden_layers": 30,
+    "num_hidden_layers": 12,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
@@ -169,10 +169,9 @@ def worker(flags: list[str]) -> dict[str, Any]:
     }
 
 
-def run(configuration: Configuration, folder: Path, quick: bool) -> dict[str, Any]:
+def run(configuration: Configuration, folder: Path, shape: dict[str, int], long: str) -> dict[str, Any]:
     """Run one configuration in fresh processes; the first process's figures."""
-    shape = QUICK_SHAPE if quick else FULL_SHAPE
-    words = {"FREEZE": str(shape["num_hidden_layers"] * 2 // 3), "LONG": "64" if quick else "384"}
+    words = {"FREEZE": str(shape["num_hidden_layers"] * 2 // 3), "LONG": long}
     flags = [
         *("--sft_model_path", str(folder / configuration.models[0])),
         *("--reward_model_path", str(folder / configuration.models[1])),
@@ -206,6 +205,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small model: seconds instead of minutes")
+    parser.add_argument("--layers", type=int, default=FULL_SHAPE["num_hidden_layers"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations")
     options = parser.parse_args()
 
@@ -219,11 +219,13 @@ def main() -> int:
     good = bool(chosen)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_models(folder, QUICK_SHAPE if options.quick else FULL_SHAPE)
+        shape = QUICK_SHAPE if options.quick else FULL_SHAPE | {"num_hidden_layers": options.layers}
+        make_models(folder, shape)
         prompts = [{"input_ids": [(7 * i + j) % 3000 + 10 for j in range(32)]} for i in range(64)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         for configuration in chosen:
-            figures = run(configuration, folder, options.quick)
+            figures = run(configuration, folder, shape, "64" if options.quick else "384")
+            print(configuration.name, json.dumps(figures), file=sys.stderr, flush=True)
             if "failed" in figures:
                 good = False
                 table.add_row(configuration.name, f"[red]{figures['failed']}[/red]", "", "", "", "", end_section=True)
