@@ -1,8 +1,8 @@
 """The plan against what a run really takes: `make bench-plan`.
 
 Each configuration trains for two updates in a process of its own, on a Llama of SmolLM2-135M's width with random
-weights, of 12 layers unless --layers says otherwise. Memory is the process's peak anonymous memory (RssAnon), sampled every 2 ms; the second update counts. Exits 1
-if a phase of any configuration is off by more than 10 %.
+weights, of 8 layers unless --layers says otherwise. Memory is the process's peak anonymous memory (RssAnon), sampled
+every 2 ms; the second update counts. Exits 1 if a phase of any configuration is off by more than 10 %.
 """
 
 import argparse
@@ -21,7 +21,7 @@ LIMIT = 0.10
 LOAD, ROLLOUT, SCORING, UPDATE = PHASES = ("load", "rollout", "scoring", "update")
 FULL_SHAPE = {
     "hidden_size": 576,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
@@ -177,7 +177,7 @@ def run(configuration: Configuration, folder: Path, shape: dict[str, int], long:
         *("--reward_model_path", str(folder / configuration.models[1])),
         *("--dataset_name", str(folder / "prompts.jsonl"), "--use_cpu", "--disable_tqdm", "true"),
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--num_ppo_epochs", "1"),
-        *("--response_length", "32", "--stop_token", "none", "--max_steps", "2", "--save_strategy", "no"),
+        *("--response_length", "16", "--stop_token", "none", "--max_steps", "2", "--save_strategy", "no"),
         *("--num_sample_generations", "0", "--report_to", "none", "--ignore_plan"),
         *(words.get(flag, flag) for flag in configuration.flags),
     ]
@@ -221,10 +221,10 @@ def main() -> int:
         folder = Path(name)
         shape = QUICK_SHAPE if options.quick else FULL_SHAPE | {"num_hidden_layers": options.layers}
         make_models(folder, shape)
-        prompts = [{"input_ids": [(7 * i + j) % 3000 + 10 for j in range(32)]} for i in range(64)]
+        prompts = [{"input_ids": [(7 * i + j) % 3000 + 10 for j in range(24)]} for i in range(64)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         for configuration in chosen:
-            figures = run(configuration, folder, shape, "64" if options.quick else "384")
+            figures = run(configuration, folder, shape, "64" if options.quick else "128")
             print(configuration.name, json.dumps(figures), file=sys.stderr, flush=True)
             if "failed" in figures:
                 good = False

@@ -36,6 +36,7 @@ from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
 from fourscore.models.trunk import share_trunk
 from fourscore.parallel import is_sharded
+from fourscore.runs.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def load_models(
     Raises:
         FourscoreError: a checkpoint is missing or unfit; the message names the flag and the way out.
     """
+    if _on_cpu(training_args):
+        return_freed_memory()  # what conversion and quantization leave behind, too
     if inspected is None:
         findings = Findings()
         inspected = inspect_models(model_args, training_args, findings)

@@ -197,7 +197,7 @@ def _put_below(model: Any, layout: Layout, role: RoleLayout) -> None:
     own = model.active_adapter
     config: Any = copy.deepcopy(found.config)
     config.inference_mode = True
-    config.modules_to_save = None
+    config.modules_to_save = config.task_type = None  # as the loader does: a head is the role's own
     with torch.device("meta"):
         model.add_adapter(role.adapter, config)
     trained = [p for p in model.parameters() if p.requires_grad]
