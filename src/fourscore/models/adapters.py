@@ -58,7 +58,23 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
         before = getattr(owner, target.rpartition(".")[2])
         weight = nn.Parameter(tensor.to(before.device, before.dtype, copy=True), requires_grad=False)
         setattr(owner, target.rpartition(".")[2], weight)
-    config: Any = copy.deepcopy(adapter.config)
+    adapted = wrap_frozen(model, adapter.config, name)
+    result = set_peft_model_state_dict(adapted, rest, adapter_name=name)
+    unknown = list(result.unexpected_keys)
+    missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    if unknown or missing:
+        raise FourscoreError(
+            f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {(unknown or missing)[0]}); "
+            "give the base model it was trained on"
+        )
+    freeze(adapted)
+    setattr(adapted, _SAVED, tuple(saved))
+    return adapted
+
+
+def wrap_frozen(model: nn.Module, peft_config: PeftConfig, name: str) -> PeftModel:
+    """A frozen adapter's modules on a frozen base, without its weights and without modules that it saved whole."""
+    config: Any = copy.deepcopy(peft_config)
     config.modules_to_save = None
     config.inference_mode = False
     for option, value in list(vars(config).items()):
@@ -71,16 +87,7 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         adapted = wrapper(model, config, adapter_name=name)
-    result = set_peft_model_state_dict(adapted, rest, adapter_name=name)
-    unknown = list(result.unexpected_keys)
-    missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
-    if unknown or missing:
-        raise FourscoreError(
-            f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {(unknown or missing)[0]}); "
-            "give the base model it was trained on"
-        )
     freeze(adapted)
-    setattr(adapted, _SAVED, tuple(saved))
     return adapted
 
 

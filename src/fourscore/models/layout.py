@@ -1,12 +1,12 @@
 """Which weights each role stands on, decided from configs and headers alone: the loader obeys it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from fourscore.config import ModelConfig, PPOConfig
-from fourscore.models.checkpoint import Checkpoint
+from fourscore.models.checkpoint import Adapter, Checkpoint
 
 Storage = Literal["mapped", "converted", "quantized", "device"]
 Trains = Literal["everything", "adapter", "head", "nothing"]
@@ -54,11 +54,13 @@ class RoleLayout:
 class Layout:
     """Backbones by name, and the roles on them: `policy`, `ref_policy`, `reward_model`, `value_model`.
 
-    There is no `ref_policy` where the policy with its adapter off is the reference.
+    There is no `ref_policy` where the policy with its adapter off is the reference. `adapters` are the frozen ones that
+    roles stand on, by the name that they have there.
     """
 
     backbones: dict[str, Backbone]
     roles: dict[str, RoleLayout]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def shared(self) -> dict[str, list[str]]:
         """Roles on each backbone that hold its weights themselves, not a copy of them."""
@@ -122,7 +124,9 @@ def decide_layout(
         roles["value_model"] = RoleLayout(names[1], True, "everything", merged=reward_merged, frozen_layers=frozen)
     else:
         roles["value_model"] = RoleLayout(names[1], False, "adapter", under_value)
-    return Layout(backbones, roles)
+    found = {under_policy: sft.adapter, under_value: reward.adapter}
+    adapters = {name: adapter for name, adapter in found.items() if name is not None and adapter is not None}
+    return Layout(backbones, roles, adapters)
 
 
 def frozen_dtype(checkpoint: Checkpoint, model_args: ModelConfig) -> torch.dtype:

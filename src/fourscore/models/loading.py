@@ -125,9 +125,8 @@ def load_models(
         reward_model, trained_reward = _read(read_reward, on, owned(reward_on), roles["reward_model"].merged, layers)
     freeze(frozen)
     freeze(reward_model)
-    if roles["reward_model"].adapter is not None:
-        assert reward.adapter is not None
-        reward_model = add_frozen_adapter(reward_model, reward.adapter, "reward")
+    if (below := roles["reward_model"].adapter) is not None:
+        reward_model = add_frozen_adapter(reward_model, layout.adapters[below], below)
 
     ref_policy: Any | None = None
     policy: Any
@@ -136,9 +135,8 @@ def load_models(
         ref_policy, policy = frozen, _to_train(trained, layers)
     else:
         policy = frozen
-        if roles["policy"].adapter is not None:
-            assert sft.adapter is not None
-            policy = add_frozen_adapter(policy, sft.adapter, "sft")
+        if (below := roles["policy"].adapter) is not None:
+            policy = add_frozen_adapter(policy, layout.adapters[below], below)
         policy = add_policy_adapter(policy, peft_config)
     value_model: Any
     if roles["value_model"].trains == "head":

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fourscore.config import ModelConfig, PPOConfig, get_peft_config
-from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
+from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze, wrap_frozen
 from fourscore.models.checkpoint import Checkpoint
 from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, freeze_bottom
@@ -77,6 +77,7 @@ def build_roles(
     if reward_layout.backbone == policy_layout.backbone:
         _share_trunk(reward, sft)
     remember(reward_layout.backbone, reward)
+    reward = _with_adapter(reward, layout, reward_layout)
     roles["reward_model"] = reward
 
     if policy_layout.trains == "everything":
@@ -84,15 +85,13 @@ def build_roles(
         _stand_on(policy, sft, policy_layout.frozen_layers)
         roles |= {"policy": policy, "ref_policy": sft}
     else:
-        policy = add_policy_adapter(sft, peft_config)
-        _put_below(policy, layout, policy_layout)
+        policy = add_policy_adapter(_with_adapter(sft, layout, policy_layout), peft_config)
         roles["policy"] = policy
     if value_layout.trains == "everything":
         value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
         _stand_on(value, reward, value_layout.frozen_layers)
     elif value_layout.trains == "adapter":
         value = add_value_adapter(clone_sharing(reward), peft_config)
-        _put_below(value, layout, value_layout)
     else:
         value = share_trunk(policy)
     roles["value_model"] = value
@@ -189,22 +188,12 @@ def layers_of(model: Any) -> Any:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
 
-def _put_below(model: Any, layout: Layout, role: RoleLayout) -> None:
-    """A frozen adapter of the checkpoint under the role's own."""
-    found = layout.backbones[role.backbone].checkpoint.adapter
-    if role.adapter is None or found is None:
-        return
-    own = model.active_adapter
-    config: Any = copy.deepcopy(found.config)
-    config.inference_mode = True
-    config.modules_to_save = config.task_type = None  # as the loader does: a head is the role's own
+def _with_adapter(model: nn.Module, layout: Layout, role: RoleLayout) -> nn.Module:
+    """The checkpoint's own adapter on its base, where the role stands on one."""
+    if role.adapter is None:
+        return model
     with torch.device("meta"):
-        model.add_adapter(role.adapter, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.base_model.set_adapter([role.adapter, own])
-    freeze(model)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+        return wrap_frozen(model, layout.adapters[role.adapter].config, role.adapter)
 
 
 # ---------------------------------------------------------------------------------------------------- quantization
