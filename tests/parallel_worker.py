@@ -44,6 +44,7 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, kind: str) -
         share_value_backbone=kind == "trunk",
         whiten_rewards=True,
         report_to="none",
+        use_cpu=True,
         disable_tqdm=True,
     )
     models = load_models(ModelConfig(use_peft=kind == "lora"), args)

@@ -43,6 +43,8 @@ class Parallel:
             FourscoreError: FSDP with a single process.
         """
         device = args.device
+        if device.type == "cpu":
+            device = torch.device("cpu")  # moving to "cpu:0", as launchers call it, would copy what is mapped
         sharded = is_sharded(args)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if sharded and world_size == 1:
