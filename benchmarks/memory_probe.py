@@ -61,8 +61,8 @@ class MemoryProbe:
             self._sample()
 
     def _sample(self) -> None:
-        now = memory()
-        with self._lock:
+        with self._lock:  # around the reading, too: what was read in one phase must not count for the next
+            now = memory()
             now["device"] = torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_initialized() else 0.0
             peak = self.peaks[self._phase]
             for kind, value in now.items():
