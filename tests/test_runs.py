@@ -279,7 +279,7 @@ def test_stop_gives_the_terminal_back_after_an_exception() -> None:
     console = terminal()
     callback = PPOProgress(console)
     before = sys.stderr
-    callback.on_train_begin(PPOConfig(use_cpu=True), TrainerState(max_steps=2), TrainerControl())
+    callback.on_train_begin(PPOConfig(use_cpu=True, disable_tqdm=False), TrainerState(max_steps=2), TrainerControl())
     callback.stop()
     callback.stop()
     assert sys.stderr is before
