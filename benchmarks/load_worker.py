@@ -40,18 +40,12 @@ def load_as_trl(job: dict[str, Any], policy_path: str, reward_path: str) -> dict
 
 def load_with_fourscore(job: dict[str, Any], policy_path: str, reward_path: str) -> dict[str, Any]:
     """`load_models`."""
-    from fourscore import ModelConfig, PPOConfig, load_models
+    from side_by_side import model_args_of
 
-    lora = job["lora"] or {}
-    model_args = ModelConfig(
-        dtype=job["dtype"],
-        use_peft=bool(lora),
-        lora_r=lora.get("r", 16),
-        lora_alpha=lora.get("lora_alpha", 32),
-        lora_target_modules=lora.get("target_modules"),
-    )
+    from fourscore import PPOConfig, load_models
+
     args = PPOConfig(sft_model_path=policy_path, reward_model_path=reward_path, use_cpu=job["device"] == "cpu")
-    models = load_models(model_args, args)
+    models = load_models(model_args_of(job), args)
     return {
         "value": models.value_model,
         "reward": models.reward_model,

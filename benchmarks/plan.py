@@ -11,14 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memory_probe import MIB, MemoryProbe
+
 LIMIT = 0.10
 LOAD, ROLLOUT, SCORING, UPDATE = PHASES = ("load", "rollout", "scoring", "update")
+BETWEEN = "between"
 FULL_SHAPE = {
     "hidden_size": 576,
     "num_hidden_layers": 8,
@@ -93,30 +94,6 @@ def make_models(folder: Path, shape: dict[str, int]) -> None:
         tokenizer.save_pretrained(folder / f"{name}-adapter")
 
 
-class Sampler(threading.Thread):
-    """Peak anonymous and mapped memory of this process by phase, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.phase: str | None = LOAD
-        self.anonymous: dict[str, int] = {}
-        self.mapped: dict[str, int] = {}
-        self.done = False
-
-    def run(self) -> None:
-        """Sample until `done`."""
-        with open("/proc/self/status", "rb", buffering=0) as file:
-            while not self.done:
-                phase = self.phase
-                file.seek(0)
-                text = file.read()
-                if phase is not None:
-                    for name, kept in ((b"RssAnon:", self.anonymous), (b"RssFile:", self.mapped)):
-                        size = int(text[text.index(name) + len(name) :].split(None, 1)[0]) * 1024
-                        kept[phase] = max(size, kept.get(phase, 0))
-                time.sleep(0.002)
-
-
 def worker(flags: list[str]) -> dict[str, Any]:
     """Plan and run in this process."""
     import torch
@@ -134,13 +111,13 @@ def worker(flags: list[str]) -> dict[str, Any]:
     checked.findings.raise_errors()
     train = checked.train_dataset
     plan = make_plan(args, model_args, inspected=checked.models, prompt=longest_prompt(train))
-    sampler = Sampler()
-    sampler.start()
+    probe = MemoryProbe()
+    probe.phase(LOAD)
     models = load_models(model_args, args, plan.layout, checked.models)
     trainer = PPOTrainer(
         args, models.tokenizer, models.policy, models.ref_policy, models.reward_model, train, models.value_model
     )
-    sampler.phase = None
+    probe.phase(BETWEEN)
 
     def watch(method: str, phase: str) -> None:
         inner = getattr(trainer, method)
@@ -148,23 +125,23 @@ def worker(flags: list[str]) -> dict[str, Any]:
         def outer(*positional: Any, **named: Any) -> Any:
             # The first update makes the optimizer's state: from the second on every update is alike.
             if trainer.state.global_step == 1:
-                sampler.phase = phase
+                probe.phase(phase)
             try:
                 return inner(*positional, **named)
             finally:
-                sampler.phase = None
+                probe.phase(BETWEEN)
 
         setattr(trainer, method, outer)
 
     for method, phase in (("_rollout", ROLLOUT), ("_score", SCORING), ("_update", UPDATE)):
         watch(method, phase)
     trainer.train()
-    sampler.done = True
+    probe.stop()
     return {
         "planned": plan.peak_bytes,
-        "measured": sampler.anonymous,
+        "measured": {phase: int(probe.peaks[phase]["anon"] * MIB) for phase in PHASES},
         "planned_mapped": plan.mapped_bytes,
-        "mapped": sampler.mapped,
+        "mapped": {phase: int(probe.peaks[phase]["file"] * MIB) for phase in PHASES},
         "baseline": plan.baseline,
     }
 

@@ -51,6 +51,20 @@ def parse_common(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+def model_args_of(job: dict[str, Any]) -> Any:
+    """Fourscore's `ModelConfig` of a worker's job."""
+    from fourscore import ModelConfig
+
+    lora = job["lora"] or {}
+    return ModelConfig(
+        dtype=job["dtype"],
+        use_peft=bool(lora),
+        lora_r=lora.get("r", 16),
+        lora_alpha=lora.get("lora_alpha", 32),
+        lora_target_modules=lora.get("target_modules"),
+    )
+
+
 def run(work: Work) -> Result:
     """The worker's result, or `failed` with the last line of what it complained about."""
     command = [work.python, str(HERE / work.script), json.dumps(work.job)]

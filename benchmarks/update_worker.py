@@ -46,7 +46,9 @@ def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> An
     if job["system"] == "trl":
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     else:
-        from fourscore import ModelConfig, PPOConfig, PPOTrainer, load_models
+        from side_by_side import model_args_of
+
+        from fourscore import PPOConfig, PPOTrainer, load_models
 
     args = PPOConfig(
         output_dir=output_dir,
@@ -77,15 +79,7 @@ def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> An
         if job["lora"] is not None:
             peft_config = LoraConfig(task_type="CAUSAL_LM", **job["lora"])
     else:
-        lora = job["lora"] or {}
-        model_args = ModelConfig(
-            dtype=job["dtype"],
-            use_peft=bool(lora),
-            lora_r=lora.get("r", 16),
-            lora_alpha=lora.get("lora_alpha", 32),
-            lora_target_modules=lora.get("target_modules"),
-        )
-        models = load_models(model_args, args)
+        models = load_models(model_args_of(job), args)
         policy, ref_policy, reward_model, value_model = (
             models.policy,
             models.ref_policy,

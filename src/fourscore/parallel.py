@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourscore.errors import FourscoreError
+from fourscore.models.forward import without_peft
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_peft(model)
         names = set(getattr(base, "_no_split_modules", None) or ())
         layers = [m for m in base.modules() if type(m).__name__ in names]
         if not layers:

@@ -15,6 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from fourscore.data import load_prompts, longest_prompt, read_prompts
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.checks import Inspected, check_length, inspect_models, is_targeted, linear_names, lora_config
+from fourscore.parallel import is_sharded
 from fourscore.ppo.optim import build_optimizer, build_schedule, state_bytes
 from fourscore.runs import directory
 from fourscore.runs.checkpoint import check_resumable
@@ -114,8 +115,7 @@ def _check_settings(args: "PPOConfig", findings: Findings) -> None:
             tracker()
     except (ValueError, RuntimeError, ImportError) as error:
         findings.error(f"--report_to {' '.join(args.report_to)}: {error}")
-    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and args.world_size == 1:
+    if is_sharded(args) and args.world_size == 1:
         findings.error(
             "--fsdp needs more than one process: start with `accelerate launch --num_processes N`, or leave it out"
         )

@@ -67,7 +67,6 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
             f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {(unknown or missing)[0]}); "
             "give the base model it was trained on"
         )
-    freeze(adapted)
     setattr(adapted, _SAVED, tuple(saved))
     return adapted
 
@@ -77,9 +76,7 @@ def wrap_frozen(model: nn.Module, peft_config: PeftConfig, name: str) -> PeftMod
     config: Any = copy.deepcopy(peft_config)
     config.modules_to_save = None
     config.inference_mode = False
-    for option, value in list(vars(config).items()):
-        if option.endswith("dropout") and isinstance(value, int | float):
-            setattr(config, option, 0.0)
+    _without_dropout(config)
     freeze(model)
     # A sequence classifier of PEFT's would add its head to what the adapter trains.
     wrapper = PeftModelForCausalLM if config.task_type == TaskType.CAUSAL_LM else PeftModel
@@ -172,9 +169,9 @@ def reference(
     """In this context `policy` computes as the reference policy, or a value model as the reward model.
 
     That is with the adapter that trains off (frozen ones below it stay on), or, if `ref_adapter_name` is given, with
-    that adapter in its place. Afterwards the
-    active adapter (`model_adapter_name`, else the one that was active) and every parameter's `requires_grad` are as
-    they were: PEFT itself would turn gradients on for whatever adapter becomes active again.
+    that adapter in its place. Afterwards the active adapter (`model_adapter_name`, else the one that was active) and
+    every parameter's `requires_grad` are as they were: PEFT itself would turn gradients on for whatever adapter
+    becomes active again.
 
     Raises:
         FourscoreError: there is no adapter of one of the names.
@@ -315,12 +312,18 @@ def _checked_copy(model: nn.Module, peft_config: PeftConfig, report: bool) -> An
         raise FourscoreError(f"bias={bias!r} trains biases of the base, which other roles share; use bias='none'")
     config: Any = copy.deepcopy(peft_config)
     config.inference_mode = False
-    for name, value in list(vars(config).items()):
-        if name.endswith("dropout") and isinstance(value, int | float) and value:
-            if report:
-                logger.warning("%s %s is taken as 0: PPO needs the policy that was sampled", name, value)
-            setattr(config, name, 0.0)
+    for name, value in _without_dropout(config).items():
+        if report:
+            logger.warning("%s %s is taken as 0: PPO needs the policy that was sampled", name, value)
     return config
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Sets every dropout of an adapter to zero; returns what was not."""
+    found = {n: v for n, v in vars(config).items() if n.endswith("dropout") and isinstance(v, int | float) and v}
+    for name in found:
+        setattr(config, name, 0.0)
+    return found
 
 
 def _wrap(model: nn.Module, config: Any) -> PeftModel:

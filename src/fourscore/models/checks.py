@@ -255,7 +255,7 @@ def _check_dtype(checkpoint: Checkpoint, model_args: "ModelConfig", on_cpu: bool
     if on_cpu and dtype in _EMULATED_BY and is_emulated(dtype):
         findings.warn(
             f"{flag}: this CPU has no {name} instructions and emulates them, which takes about 5 times as long as "
-            "float32 in a forward pass and 25 times in a backward pass; use --dtype float32"
+            "float32 in a forward pass and 30 times with a backward pass; use --dtype float32"
         )
 
 

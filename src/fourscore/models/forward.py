@@ -138,7 +138,7 @@ def completion_logprobs_and_values(
 
 def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs `[C]`, entropies `[C]`, and the last hidden states `[C, d]` that they were computed from."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     trunk = base.base_model
     if trunk is base:
         raise FourscoreError(
@@ -306,13 +306,18 @@ def sample_scores(model: nn.Module, samples: list[Tensor]) -> Tensor:
     return _head_outputs(model, ids, rows, torch.tensor(columns, device=device))
 
 
+def without_peft(model: Any) -> Any:
+    """The transformers model below PEFT's wrapper, or the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def score_head(model: nn.Module) -> nn.Linear:
     """The linear layer that turns a hidden state into the one number, the trained copy under PEFT.
 
     Raises:
         FourscoreError: the model has none under the name `score`.
     """
-    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner = without_peft(model)
     head = getattr(owner, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
         active = [] if head.disable_adapters else head.active_adapters
@@ -344,7 +349,7 @@ def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) 
         output.logits = found[0][rows, columns, 0]
         return output
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     # FSDP2 gathers weights for the backward of what modules return, so results leave that way; and it lets go of them
     # in hooks of its own, so ours run before those.
     widened = score_head(model).register_forward_hook(in_fp32, prepend=True)

@@ -143,7 +143,7 @@ def load_models(
         value_model = share_trunk(policy)
     elif roles["value_model"].owns:
         assert trained_reward is not None
-        if reward_on == policy_on:  # that copy is the policy's
+        if reward_on == policy_on and roles["policy"].owns:  # that copy is the policy's
             trained_reward = clone_owning(trained_reward, torch.float32, bottom_parameters(trained_reward, layers))
         value_model = _to_train(trained_reward, layers)
     else:

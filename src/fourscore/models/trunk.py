@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from fourscore.errors import FourscoreError
-from fourscore.models.forward import score_head
+from fourscore.models.forward import score_head, without_peft
 
 
 def share_trunk(policy: Any) -> Any:
@@ -25,7 +25,7 @@ def share_trunk(policy: Any) -> Any:
     Raises:
         FourscoreError: transformers has no such classifier with a `score` head for the architecture.
     """
-    base = _base(policy)
+    base = without_peft(policy)
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     try:
@@ -47,11 +47,7 @@ def share_trunk(policy: Any) -> Any:
 
 def shares_trunk(policy: Any, value_model: Any) -> bool:
     """Whether the value model's backbone is the policy's."""
-    return value_model is not None and _base(policy).base_model is _base(value_model).base_model
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return value_model is not None and without_peft(policy).base_model is without_peft(value_model).base_model
 
 
 def _widen(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

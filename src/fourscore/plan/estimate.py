@@ -77,7 +77,6 @@ class Plan:
         mapped_bytes: file pages of frozen weights; all processes of a machine share them.
         capacity: of this machine.
         processes_here: processes that share this machine's memory.
-        fits: whether the largest peak is within the capacity.
         assumptions: what had to be assumed, one sentence each.
     """
 
@@ -94,13 +93,17 @@ class Plan:
     mapped_bytes: int
     capacity: Capacity
     processes_here: int
-    fits: bool
     assumptions: tuple[str, ...] = field(default=())
 
     @property
     def largest(self) -> str:
         """The phase with the largest peak."""
         return max(self.peak_bytes, key=lambda phase: self.peak_bytes[phase])
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest peak is within what one process may take."""
+        return self.peak_bytes[self.largest] <= self.available
 
     @property
     def available(self) -> int:
@@ -201,7 +204,6 @@ def make_plan(
         peaks[phase] = held + max(tops) + gathered + (RUNNING if on_cpu else 0)
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device) if room is None else room
-    limit = room.device if room.device is not None else room.host // here
     return Plan(
         layout=layout,
         roles=roles,
@@ -216,7 +218,6 @@ def make_plan(
         mapped_bytes=0 if shards > 1 else sum(role.mapped for role in roles.values()),
         capacity=room,
         processes_here=here,
-        fits=max(peaks.values()) <= limit,
         assumptions=tuple(assumptions),
     )
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fourscore.config import ModelConfig, PPOConfig
+from fourscore.models.forward import without_peft
 from fourscore.models.layout import Layout
 from fourscore.parallel import Parallel
 from fourscore.plan.skeleton import build_roles, depth_of, fake_tensors, layers_of
@@ -127,7 +128,7 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
             ids = named["input_ids"] if "input_ids" in named else positional[0]
             trace.enter_part("prefill" if ids.shape[1] > 1 else "decode")
 
-        handle = _base(roles.policy).register_forward_pre_hook(enter, with_kwargs=True)
+        handle = without_peft(roles.policy).register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with trace, roles.autocast():
                 generate(roles.policy, [[1] * prompt for _ in range(sizes.rollout_batch)], sampling)
@@ -147,7 +148,7 @@ def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: 
     parts = {"reward_model": roles.reward_model, "value_model": roles.value_model, "policy": roles.policy}
     if roles.ref_policy is not None:
         parts["ref_policy"] = roles.ref_policy
-    handles = [_base(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
+    handles = [without_peft(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
     try:
         with trace:
             fill_in(roles, e, args.temperature, sizes.rollout_batch)
@@ -164,16 +165,8 @@ def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, t
     tokens = int(experience.completion_lens.sum())
     for name in ("logprobs", "values", "advantages", "returns"):
         setattr(experience, name, torch.zeros(tokens))
-    settings = UpdateSettings(
-        epochs=1,
-        minibatch=len(experience),
-        microbatch=sizes.microbatch,
-        temperature=args.temperature,
-        cliprange=args.cliprange,
-        cliprange_value=args.cliprange_value,
-        vf_coef=args.vf_coef,
-        max_grad_norm=args.max_grad_norm or 0.0,
-    )
+    sizes_here = {"epochs": 1, "minibatch": len(experience), "microbatch": sizes.microbatch}
+    settings = replace(UpdateSettings.of(args), **sizes_here)
     optimizers = {name: _warm_optimizer(model, args, fake) for name, model in roles.trained.items()}
     handles = []
     for name, model in roles.trained.items():
@@ -199,10 +192,6 @@ def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, t
         for handle in handles:
             handle.remove()
     return {part: peak for part, peak in trace.peaks.items() if part}
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _entering(trace: Trace, part: str) -> Any:

@@ -160,26 +160,17 @@ def _shorten(config: Any, depth: int) -> None:
     text.num_hidden_layers = depth
 
 
-def _share_trunk(model: nn.Module, other: nn.Module) -> None:
+def _share_trunk(model: Any, other: Any) -> None:
     """Points the backbone of `model` at the Parameters of the backbone of `other`, by name."""
-    base: Any = other.get_base_model() if hasattr(other, "get_base_model") else other
-    theirs = dict(base.base_model.named_parameters(remove_duplicate=False))
-    plain = {name.replace(".base_layer", ""): parameter for name, parameter in theirs.items()}
-    own: Any = model
-    _point(own.base_model, plain, lambda name: True)
+    theirs = dict(other.base_model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.base_model.named_modules(remove_duplicate=False):
+        for name in module._parameters:
+            module._parameters[name] = theirs.get(f"{prefix}.{name}".lstrip("."), module._parameters[name])
 
 
 def _stand_on(trained: nn.Module, frozen: nn.Module, layers: int) -> None:
     adopt_bottom(trained, frozen, layers)
     freeze_bottom(trained, layers)
-
-
-def _point(model: nn.Module, theirs: dict[str, nn.Parameter], wanted: Any) -> None:
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in list(module._parameters):
-            full = f"{prefix}.{name}".lstrip(".")
-            if full in theirs and wanted(full):
-                module._parameters[name] = theirs[full]
 
 
 def layers_of(model: Any) -> Any:

@@ -22,7 +22,7 @@ from fourscore.models.adapters import (
     trained_adapter,
 )
 from fourscore.models.dropout import disable_dropout
-from fourscore.models.forward import score_head
+from fourscore.models.forward import score_head, without_peft
 from fourscore.models.frozen_layers import bottom_parameters, freeze_bottom, has_tied_head, same_bottom
 from fourscore.models.sharing import share_frozen
 from fourscore.models.trunk import share_trunk, shares_trunk
@@ -235,7 +235,7 @@ def _autocast_dtype(args: Any, policy: nn.Module, value_model: nn.Module) -> tor
 
 def _make_savable(policy: Any) -> None:
     """Mend a generation config that contradicts itself: chat checkpoints bring such, and transformers writes none."""
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base = without_peft(policy)
     try:
         base.generation_config.validate(strict=True)
     except ValueError:

@@ -240,23 +240,13 @@ class PPOTrainer:
 
     def _update(self, experience: Experience) -> dict[str, float]:
         args = self.args
-        settings = UpdateSettings(
-            epochs=args.num_ppo_epochs,
-            minibatch=args.local_mini_batch_size,
-            microbatch=args.per_device_train_batch_size,
-            temperature=args.temperature,
-            cliprange=args.cliprange,
-            cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef,
-            max_grad_norm=args.max_grad_norm or 0.0,
-        )
         # A seed of its own for every update, so that a resumed run shuffles as the uninterrupted one did.
         generator = torch.Generator().manual_seed(args.seed + 1_000_003 * self.state.global_step + self.parallel.rank)
         metrics = update(
             self.roles.policy,
             self.roles.value_model,
             experience,
-            settings,
+            UpdateSettings.of(args),
             self.optimizers,
             self.parallel,
             generator,

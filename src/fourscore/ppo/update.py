@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,20 @@ class UpdateSettings:
     cliprange_value: float
     vf_coef: float
     max_grad_norm: float
+
+    @classmethod
+    def of(cls, args: Any) -> "UpdateSettings":
+        """Those of a `PPOConfig` whose batches are resolved."""
+        return cls(
+            epochs=args.num_ppo_epochs,
+            minibatch=args.local_mini_batch_size,
+            microbatch=args.per_device_train_batch_size,
+            temperature=args.temperature,
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            max_grad_norm=args.max_grad_norm or 0.0,
+        )
 
 
 Autocast = Callable[[], AbstractContextManager]

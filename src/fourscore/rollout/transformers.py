@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from fourscore.models.forward import without_peft
 from fourscore.ppo.experience import Experience
 
 
@@ -105,7 +106,7 @@ def _neutral_config(sampling: Sampling) -> GenerationConfig:
 @contextmanager
 def _only_this_config(policy: nn.Module, config: GenerationConfig) -> Iterator[GenerationConfig]:
     """Settings left open in a call are taken from the model's own config, so that one is put aside meanwhile."""
-    owner: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    owner = without_peft(policy)
     own = owner.generation_config
     owner.generation_config = config
     try:
