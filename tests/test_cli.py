@@ -70,9 +70,10 @@ def test_help_is_up_to_date_and_fits():
         line.index(line.split("  ", 2)[-1].strip()) for line in lines if line.startswith("  --") and "   " in line
     }
     assert columns == {40}
-    for group in ("Models", "Data", "Rollout", "PPO", "Optimisation", "Run", "PEFT and quantization"):
+    for group in ("Models", "Data", "Rollout", "Rewards", "PPO", "Optimisation", "Run", "PEFT and quantization"):
         assert f"{group}:" in lines
-    assert "--kl_coef X                           Weight of the KL penalty in the reward (default: 0.05)." in text
+    assert "--gamma X                             Discount factor (default: 1.0)." in text
+    assert "Weight of the KL penalty in the reward (default: 0.05; vapo: 0.0)." in " ".join(text.split())
     assert "(eos, none; default: eos)" in " ".join(text.split())
     assert "--help-all" in text
     assert lines[-4:].count("examples:") == 1

@@ -18,6 +18,7 @@ from fourscore.config import (
 from fourscore.config_fields import FIELDS, GROUPS, field_default
 from fourscore.errors import FourscoreError
 from fourscore.flag_docs import render_docs
+from fourscore.presets import FOLLOWS, PRESETS
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = {field.name: field_default(field) for field in dataclasses.fields(PPOConfig)}
@@ -119,7 +120,10 @@ def parse(command: str) -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
 )
 def test_trl_fields_keep_name_and_default(config, expected):
     defaults = {field.name: field_default(field) for field in dataclasses.fields(config)}
-    assert {name: defaults[name] for name in expected} == expected
+    # A preset fills these in, the default one with TRL's numbers.
+    open_fields = defaults.keys() & {"temperature", "kl_coef", "learning_rate"}
+    filled_in = {name: getattr(config(), name) for name in open_fields}
+    assert {name: (defaults | filled_in)[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("command", TRL_COMMANDS.values(), ids=TRL_COMMANDS)
@@ -208,13 +212,31 @@ def test_both_spellings_of_checkpointing_kwargs():
         ({}, ("eos", None)),
         ({"stop_token": None}, (None, None)),
         ({"stop_token": "none"}, (None, None)),
-        ({"stop_token_id": 7}, (None, 7)),
-        ({"stop_token": "eos", "stop_token_id": 0}, (None, 0)),
+        ({"stop_token_id": 7}, (None, [7])),
+        ({"stop_token_id": [7, 9]}, (None, [7, 9])),
+        ({"stop_token": "eos", "stop_token_id": 0}, (None, [0])),
     ],
 )
 def test_stop_token(given, resolved):
     args = PPOConfig(**given)
     assert (args.stop_token, args.stop_token_id) == resolved
+
+
+def test_preset_fills_in_what_is_open():
+    args = PPOConfig(preset="vapo", lam_alpha=0.1, kl_coef=0.05)
+    assert (args.value_learning_rate, args.learning_rate, args.lam_value) == (2e-6, 1e-6, 1.0)
+    assert (args.lam_alpha, args.kl_coef, args.cliprange, args.cliprange_high) == (0.1, 0.05, 0.2, 0.28)
+    plain = PPOConfig(cliprange=0.3, lam=0.9, max_grad_norm=0.5)
+    assert (plain.cliprange_high, plain.lam_value, plain.value_max_grad_norm) == (0.3, 0.9, 0.5)
+    assert plain.value_lr_scheduler_type == plain.lr_scheduler_type
+    with pytest.raises(FourscoreError, match="--preset grpo: must be one of n_plus, vapo"):
+        PPOConfig(preset="grpo")
+
+
+def test_presets_name_fields_that_can_be_left_open():
+    for values in PRESETS.values():
+        assert all(DEFAULTS[name] is None for name in values)
+    assert all(DEFAULTS[name] is None and other in DEFAULTS for name, other in FOLLOWS.items())
 
 
 def test_table_lists_every_field_once():

@@ -24,6 +24,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fourscore import demo
 from fourscore.config_fields import FIELDS, field_default, help_text
 from fourscore.errors import Findings, FourscoreError
+from fourscore.presets import FOLLOWS, PRESETS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,7 +43,10 @@ DERIVED_FIELDS = (
 
 
 def _flag(name: str, default: Any, **metadata: Any) -> Any:
-    """A `PPOConfig` field whose help string comes from the table of fields."""
+    """A `PPOConfig` field whose help string comes from the table of fields.
+
+    The default is None where a preset or another field fills it in (`fourscore.presets`), whatever type it then has.
+    """
     return field(default=default, metadata={"help": help_text(name), **metadata})
 
 
@@ -178,13 +182,34 @@ class PPOConfig(TrainingArguments):
     value_training: Literal["adapter", "full"] = _flag("value_training", "adapter")
     freeze_layers: int = _flag("freeze_layers", 0)
     share_value_backbone: bool = _flag("share_value_backbone", False)
+    value_model_path: str | None = _flag("value_model_path", None)
+
+    # Rewards
+    reward_funcs: list[str] | None = _flag("reward_funcs", None)
+    reward_url: list[str] | None = _flag("reward_url", None)
+    reward_weights: list[float] | None = _flag("reward_weights", None)
+    reward_timeout: float = _flag("reward_timeout", 60.0)
+    reward_retries: int = _flag("reward_retries", 3)
+    reward_concurrency: int = _flag("reward_concurrency", 8)
+    reward_batch_size: int = _flag("reward_batch_size", 64)
+    missing_eos_penalty: float | None = _flag("missing_eos_penalty", None)
+    length_penalty: float = _flag("length_penalty", 0.0)
+    overlong_buffer: int = _flag("overlong_buffer", 0)
+    overlong_penalty: float = _flag("overlong_penalty", 1.0)
+    score_clip: float | None = _flag("score_clip", None)
+    normalize_scores: bool = _flag("normalize_scores", False)
+    center_scores: int = _flag("center_scores", 0)
 
     # Rollout
     response_length: int = _flag("response_length", 53)
-    temperature: float = _flag("temperature", 0.7)
+    min_response_length: int = _flag("min_response_length", 0)
+    num_generations: int = _flag("num_generations", None)
+    temperature: float = _flag("temperature", None)
+    top_k: int = _flag("top_k", 0)
+    top_p: float = _flag("top_p", 1.0)
     stop_token: Literal["eos", "none"] | None = _flag("stop_token", "eos")
-    stop_token_id: int | None = _flag("stop_token_id", None)
-    missing_eos_penalty: float | None = _flag("missing_eos_penalty", None)
+    stop_token_id: list[int] | None = _flag("stop_token_id", None)
+    stop_strings: list[str] | None = _flag("stop_strings", None)
     max_prompt_length: int | None = _flag("max_prompt_length", None)
     max_prompt_length_action: Literal["drop", "truncate"] = _flag("max_prompt_length_action", "drop")
     local_rollout_forward_batch_size: int = _flag("local_rollout_forward_batch_size", 64)
@@ -192,16 +217,33 @@ class PPOConfig(TrainingArguments):
     num_sample_generations: int = _flag("num_sample_generations", 10)
 
     # PPO
+    preset: Literal["n_plus", "vapo"] = _flag("preset", "n_plus")
     num_ppo_epochs: int = _flag("num_ppo_epochs", 4)
     num_mini_batches: int = _flag("num_mini_batches", 1)
-    kl_coef: float = _flag("kl_coef", 0.05)
+    kl_coef: float = _flag("kl_coef", None)
     kl_estimator: Literal["k1", "k3"] = _flag("kl_estimator", "k1")
+    use_kl_loss: bool = _flag("use_kl_loss", False)
+    kl_target: float | None = _flag("kl_target", None)
+    kl_horizon: int = _flag("kl_horizon", 10_000)
+    early_stop_kl: float | None = _flag("early_stop_kl", None)
     cliprange: float = _flag("cliprange", 0.2)
+    cliprange_high: float = _flag("cliprange_high", None)
+    dual_clip: float | None = _flag("dual_clip", None)
+    entropy_coef: float = _flag("entropy_coef", 0.0)
+    loss_aggregation: Literal["token", "sequence"] = _flag("loss_aggregation", "token")
+    positive_lm_coef: float = _flag("positive_lm_coef", None)
+    positive_lm_threshold: float = _flag("positive_lm_threshold", 0.0)
     cliprange_value: float = _flag("cliprange_value", 0.2)
     vf_coef: float = _flag("vf_coef", 0.1)
+    value_warmup_updates: int = _flag("value_warmup_updates", None)
     gamma: float = _flag("gamma", 1.0)
     lam: float = _flag("lam", 0.95)
+    lam_value: float = _flag("lam_value", None)
+    lam_alpha: float = _flag("lam_alpha", None)
     whiten_rewards: bool = _flag("whiten_rewards", False)
+    whiten_advantages: bool = _flag("whiten_advantages", True)
+    ema_decay: float | None = _flag("ema_decay", None)
+    stop_on_ratio: bool = _flag("stop_on_ratio", False)
 
     # Batch and length
     total_episodes: int | None = _flag("total_episodes", None)
@@ -215,7 +257,11 @@ class PPOConfig(TrainingArguments):
 
     # Inherited fields with another default. `push_to_hub` is here because TRL's class declares it too.
     output_dir: str | None = _flag("output_dir", None)
-    learning_rate: float = _flag("learning_rate", 3e-6)
+    learning_rate: float = _flag("learning_rate", None)
+    value_learning_rate: float = _flag("value_learning_rate", None)
+    value_lr_scheduler_type: str = _flag("value_lr_scheduler_type", None)
+    value_warmup_steps: float = _flag("value_warmup_steps", None)
+    value_max_grad_norm: float = _flag("value_max_grad_norm", None)
     logging_steps: float = _flag("logging_steps", 1)
     eval_steps: float | None = _flag("eval_steps", 10)
     push_to_hub: bool = _flag("push_to_hub", False)
@@ -243,6 +289,9 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the values and put in those that depend on the machine."""
         self._refuse_deepspeed()
+        self._resolve_preset()
+        if isinstance(self.stop_token_id, int):  # TRL's type
+            self.stop_token_id = [self.stop_token_id]
         findings = Findings()
         for check in (self._refuse_fields, self._check_values):
             with findings.collect():
@@ -283,6 +332,16 @@ class PPOConfig(TrainingArguments):
         self._check_schedules()
         self._check_derived()
         self.world_size = self._num_processes()
+
+    def _resolve_preset(self) -> None:
+        """Put the preset's values into fields that were left open, and then what follows from others."""
+        _require_choice("preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, other in FOLLOWS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, other))
 
     def resolve_batches(self, num_prompts: int, world_size: int) -> None:
         """Compute the batch sizes and the number of updates.
@@ -422,14 +481,41 @@ class PPOConfig(TrainingArguments):
             "max_prompt_length",
             "dataset_num_proc",
             "save_total_limit",
+            "num_generations",
+            "reward_concurrency",
+            "reward_batch_size",
+            "kl_horizon",
         )
-        above_zero = ("temperature", "cliprange", "cliprange_value", "missing_eos_penalty", "num_train_epochs")
+        above_zero = (
+            "temperature",
+            "cliprange",
+            "cliprange_high",
+            "cliprange_value",
+            "missing_eos_penalty",
+            "num_train_epochs",
+            "reward_timeout",
+            "score_clip",
+            "kl_target",
+            "early_stop_kl",
+        )
         not_negative = (
             "freeze_layers",
-            "stop_token_id",
+            "reward_retries",
+            "overlong_buffer",
+            "overlong_penalty",
+            "center_scores",
+            "min_response_length",
+            "top_k",
             "kl_coef",
+            "entropy_coef",
+            "positive_lm_coef",
+            "value_warmup_updates",
+            "lam_alpha",
             "vf_coef",
             "learning_rate",
+            "value_learning_rate",
+            "value_warmup_steps",
+            "value_max_grad_norm",
             "weight_decay",
             "max_grad_norm",
             "num_sample_generations",
@@ -439,7 +525,10 @@ class PPOConfig(TrainingArguments):
             (at_least_one, lambda value: value >= 1, "must be at least 1"),
             (above_zero, lambda value: value > 0, "must be above 0"),
             (not_negative, lambda value: value >= 0, "must not be negative"),
-            (("gamma", "lam"), lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+            (("gamma", "lam", "lam_value"), lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+            (("top_p",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+            (("ema_decay",), lambda value: 0 < value < 1, "must be between 0 and 1"),
+            (("dual_clip",), lambda value: value > 1, "must be above 1"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -450,6 +539,7 @@ class PPOConfig(TrainingArguments):
             "kl_estimator": ("k1", "k3"),
             "value_training": ("adapter", "full"),
             "stop_token": ("eos", "none", None),
+            "loss_aggregation": ("token", "sequence"),
             "max_prompt_length_action": ("drop", "truncate"),
         }
         for name, allowed in choices.items():
@@ -459,6 +549,14 @@ class PPOConfig(TrainingArguments):
             findings.error(
                 "--share_value_backbone with --value_training full: the value model has no weights but its head then; "
                 "drop one"
+            )
+        for index in self.stop_token_id or ():
+            with findings.collect():
+                _require(index >= 0, "stop_token_id", index, "must not be negative")
+        if self.min_response_length > self.response_length:
+            findings.error(
+                f"--min_response_length {self.min_response_length}: is above --response_length "
+                f"{self.response_length}; lower it"
             )
         findings.raise_errors()
 

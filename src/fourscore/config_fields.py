@@ -6,6 +6,8 @@ Nothing here imports transformers, so that `fourscore.config` can take its help 
 from dataclasses import MISSING, Field, dataclass
 from typing import Any, Literal
 
+from fourscore.presets import preset_default
+
 Status = Literal["honoured", "changed", "refused"]
 
 
@@ -63,18 +65,59 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Not in TRL. The head starts at zero, nothing of the reward model is used for it, and value_model/ holds "
             "the head alone. Not under FSDP.",
         ),
+        "value_model_path": _changed(
+            "Where the value model starts, if not from the reward or SFT checkpoint.",
+            "Not in TRL. A causal LM or a sequence classifier on the policy's tokenizer; a head that is not there "
+            "starts at zero. Without it the value model starts from the reward checkpoint, or where that has another "
+            "tokenizer or is not named, from the SFT checkpoint.",
+        ),
+    },
+    "Rewards": {
+        "reward_funcs": _changed(
+            "Reward functions (package.module:name, path/file.py:name) or further reward checkpoints.",
+            "Not in TRL's PPO; functions have the signature of its GRPO. See docs/rewards.md.",
+        ),
+        "reward_url": _changed("Reward servers; see docs/rewards.md for the protocol.", "Not in TRL."),
+        "reward_weights": _changed(
+            "A weight for each: reward model, reward_funcs, reward_url (default: 1 each).", "Not in TRL's PPO."
+        ),
+        "reward_timeout": _changed("Seconds that a reward server may take for an answer.", "Not in TRL."),
+        "reward_retries": _changed("Times that a request to a reward server is repeated.", "Not in TRL."),
+        "reward_concurrency": _changed("Requests, or async reward functions' batches, at a time.", "Not in TRL."),
+        "reward_batch_size": _changed("Samples in a request to a reward server.", "Not in TRL."),
+        "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
+        "length_penalty": _changed("Taken off the score for each completion token.", "Not in TRL."),
+        "overlong_buffer": _changed(
+            "Last tokens of response_length over which overlong_penalty grows from nothing.", "Not in TRL."
+        ),
+        "overlong_penalty": _changed("Taken off the score of a completion of full length.", "Not in TRL."),
+        "score_clip": _changed("Scores are held within plus and minus this.", "Not in TRL 1.12."),
+        "normalize_scores": _changed("Divide scores by their running standard deviation.", "Not in TRL 1.12."),
+        "center_scores": _changed(
+            "Samples of the SFT policy whose mean score is taken off all scores; 0: none.", "Not in TRL 1.12."
+        ),
     },
     "Rollout": {
         "response_length": _honoured("Most tokens in a completion."),
+        "min_response_length": _changed("Least tokens in a completion.", "Not in TRL."),
+        "num_generations": _changed("Completions of each prompt in an update.", "Not in TRL's PPO."),
         "temperature": _honoured("Sampling temperature."),
+        "top_k": _changed(
+            "Draw from the k likeliest tokens; 0: from all.",
+            "Not in TRL's PPO. Logprobs, old, new and reference ones, are of the distribution that was drawn from.",
+        ),
+        "top_p": _changed(
+            "Draw from the likeliest tokens that together have this probability.", "Not in TRL's PPO. As for top_k."
+        ),
         "stop_token": _changed(
             "What ends a completion: the EOS token, or nothing but its length.",
             "Default: eos (TRL: no stop token, so that every completion has response_length tokens).",
         ),
         "stop_token_id": _changed(
-            "Token id that ends a completion.", "Takes the place of stop_token (TRL refuses the two together)."
+            "Token ids that end a completion.",
+            "One or several. Takes the place of stop_token (TRL refuses the two together).",
         ),
-        "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
+        "stop_strings": _changed("Texts that end a completion.", "Not in TRL's PPO."),
         "max_prompt_length": _changed("Most tokens in a prompt.", "Not in TRL."),
         "max_prompt_length_action": _changed(
             "What is done with longer prompts; truncate keeps the end.", "Not in TRL, which uses prompts of any length."
@@ -83,6 +126,11 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },
     "PPO": {
+        "preset": _changed(
+            "Recipe that fills in what is not given.",
+            "Not in TRL. n_plus is Huang et al. 2024 with TRL's numbers, vapo Yue et al. 2025; fields whose default "
+            "names presets take theirs.",
+        ),
         "num_ppo_epochs": _honoured("Passes over each rollout batch."),
         "num_mini_batches": _changed(
             "Optimizer steps in each of those passes.",
@@ -91,12 +139,42 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "kl_coef": _honoured("Weight of the KL penalty in the reward."),
         "kl_estimator": _honoured("KL estimator; both are unbiased, k3 varies less."),
+        "use_kl_loss": _changed("The KL term goes into the policy loss instead of the reward.", "Not in TRL."),
+        "kl_target": _changed(
+            "Nats a completion that kl_coef is adapted to (default: kl_coef is fixed).", "Not in TRL 1.12."
+        ),
+        "kl_horizon": _changed("Episodes over which kl_coef adapts.", "Not in TRL 1.12."),
+        "early_stop_kl": _changed(
+            "Nats a token from the rollout's policy at which an update's PPO epochs end.", "Not in TRL 1.12."
+        ),
         "cliprange": _honoured("Clip range of the policy ratio."),
+        "cliprange_high": _changed("Clip range of the policy ratio above 1.", "Not in TRL's PPO."),
+        "dual_clip": _changed("Bound of the ratio where the advantage is negative, such as 3.", "Not in TRL."),
+        "entropy_coef": _changed("Weight of the entropy bonus.", "Not in TRL's PPO."),
+        "loss_aggregation": _changed(
+            "Policy loss: mean over all tokens, or over samples of their means.", "Not in TRL's PPO."
+        ),
+        "positive_lm_coef": _changed("Weight of the language model loss on positive samples.", "Not in TRL."),
+        "positive_lm_threshold": _changed("A sample is positive if its score is above this.", "Not in TRL."),
         "cliprange_value": _honoured("Clip range of the value prediction."),
         "vf_coef": _honoured("Weight of the value loss."),
+        "value_warmup_updates": _changed(
+            "First updates, in which the value model alone learns, from Monte-Carlo returns.", "Not in TRL."
+        ),
         "gamma": _honoured("Discount factor."),
         "lam": _honoured("GAE lambda."),
+        "lam_value": _changed("GAE lambda of the value model's targets.", "Not in TRL."),
+        "lam_alpha": _changed(
+            "Above 0 the policy's lambda is 1 - 1/(lam_alpha x length), for each completion.", "Not in TRL."
+        ),
         "whiten_rewards": _honoured("Whiten rewards before GAE."),
+        "whiten_advantages": _changed("Whiten advantages.", "Not in TRL, which always does."),
+        "ema_decay": _changed(
+            "Keep a moving average of the policy's weights, saved beside it (default: none).", "Not in TRL."
+        ),
+        "stop_on_ratio": _changed(
+            "Stop when the first ratios of an update are not 1; else that is a warning.", "Not in TRL."
+        ),
     },
     "Batch and length": {
         "per_device_train_batch_size": _honoured("Samples in a forward and backward pass."),
@@ -130,7 +208,11 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
     },
     "Optimisation": {
-        "learning_rate": _honoured("Peak learning rate of policy and value model."),
+        "learning_rate": _honoured("Peak learning rate of the policy."),
+        "value_learning_rate": _changed("Peak learning rate of the value model.", "Not in TRL."),
+        "value_lr_scheduler_type": _changed("Learning rate schedule of the value model.", "Not in TRL."),
+        "value_warmup_steps": _changed("Warmup of the value model's learning rate.", "Not in TRL."),
+        "value_max_grad_norm": _changed("Gradient clipping of the value model.", "Not in TRL."),
         "lr_scheduler_type": _changed(
             "Learning rate schedule; one step an update.",
             "reduce_lr_on_plateau and greedy are refused: PPO has no evaluation loss that they could follow.",
@@ -378,6 +460,8 @@ def shown_default(name: str, default: Any) -> str | None:
     """
     if name in _SHOWN_DEFAULTS:
         return _SHOWN_DEFAULTS[name]
+    if (filled_in := preset_default(name)) is not None:
+        return filled_in
     default = getattr(default, "value", default)
     if default is None or default == "" or default == []:
         return None

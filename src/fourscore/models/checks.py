@@ -544,11 +544,9 @@ def check_stop_token(args: "PPOConfig", tokenizer: PreTrainedTokenizerBase, voca
         FourscoreError: there is no such token.
     """
     if args.stop_token_id is not None:
-        if args.stop_token_id >= vocabulary:
-            raise FourscoreError(
-                f"--stop_token_id {args.stop_token_id}: the policy knows no such id; give one below {vocabulary}"
-            )
-        return (args.stop_token_id,)
+        if (largest := max(args.stop_token_id)) >= vocabulary:
+            raise FourscoreError(f"--stop_token_id {largest}: the policy knows no such id; give one below {vocabulary}")
+        return tuple(args.stop_token_id)
     if args.stop_token == "eos":
         if tokenizer.eos_token_id is None:
             raise FourscoreError(

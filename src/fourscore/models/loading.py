@@ -1,6 +1,7 @@
 """The four roles from two checkpoints, each read once."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
 from fourscore.models.layout import Backbone, Layout, decide_layout
+from fourscore.models.quantized import stay_trainable
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
 from fourscore.models.trunk import share_trunk
@@ -84,8 +86,6 @@ def load_models(
     Raises:
         FourscoreError: a checkpoint is missing or unfit; the message names the flag and the way out.
     """
-    if _on_cpu(training_args):
-        return_freed_memory()  # what conversion and quantization leave behind, too
     if inspected is None:
         findings = Findings()
         inspected = inspect_models(model_args, training_args, findings)
@@ -94,6 +94,9 @@ def load_models(
             logger.warning(warning)
     sft, reward, tokenizer = inspected.sft, inspected.reward, inspected.tokenizer
     assert sft is not None and reward is not None and tokenizer is not None
+    if _on_cpu(training_args):
+        weights = 4 * sum(math.prod(tensor.shape) for tensor in (sft.tensors or {}).values())
+        return_freed_memory(weights)  # what conversion and quantization leave behind, too
     ensure_pad_token(tokenizer, sft.embedding_rows, _stop_ids(sft.config, training_args))
     reward.config.num_labels = 1
     for checkpoint in (sft, reward):
@@ -278,6 +281,7 @@ def _reader(
             missing = {name for name in missing if not has_score({name})}
         if missing:
             raise FourscoreError(f"{named}: {len(missing)} weights are missing from it, such as {min(missing)}")
+        stay_trainable(model)
         return model
 
     return read
@@ -287,4 +291,4 @@ def _stop_ids(config: Any, training_args: PPOConfig) -> list[int]:
     """Ids at which generation may stop: the config's EOS ids and the run's stop token."""
     eos = getattr(config.get_text_config(), "eos_token_id", None)
     ids = list(eos) if isinstance(eos, list | tuple) else [eos]
-    return [index for index in [*ids, training_args.stop_token_id] if index is not None]
+    return [index for index in [*ids, *(training_args.stop_token_id or ())] if index is not None]

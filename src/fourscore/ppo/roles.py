@@ -24,6 +24,7 @@ from fourscore.models.adapters import (
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head, without_peft
 from fourscore.models.frozen_layers import bottom_parameters, freeze_bottom, has_tied_head, same_bottom
+from fourscore.models.quantized import stay_trainable
 from fourscore.models.sharing import share_frozen
 from fourscore.models.trunk import share_trunk, shares_trunk
 from fourscore.parallel import Parallel
@@ -142,6 +143,7 @@ def prepare_roles(
     for model in (policy, value_model, reward_model, ref_policy):
         if model is not None:
             disable_dropout(model)
+            stay_trainable(model)
     for model in (policy, value_model):
         train_in_fp32(model)
         if not any(p.requires_grad for p in model.parameters()):

@@ -100,7 +100,7 @@ class PPOTrainer:
         self.processing_class = processing_class
         self.parallel = Parallel.start(args)
         if self.parallel.device.type == "cpu":
-            return_freed_memory()
+            return_freed_memory(sum(p.numel() * p.element_size() for p in model.parameters()))
         self.run_config: list[Any] = [args]
         if train_dataset is None:
             raise FourscoreError("train_dataset is missing: pass a dataset of prompts.")
