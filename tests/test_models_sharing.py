@@ -3,9 +3,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig
 from tiny import ARCHITECTURES, make_checkpoint, make_model, make_tokenizer
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, freeze
+from fourscore.models.quantized import stay_trainable
 from fourscore.models.sharing import clone_owning, clone_sharing, share_parameters
 
 IDS = torch.arange(3, 21).reshape(2, 9)
@@ -119,6 +120,8 @@ def test_quantized_copies_are_shared_scales_and_all(quantization, llama_reward, 
         AutoModelForSequenceClassification.from_pretrained(path, quantization_config=config)
         for path in (llama_reward, llama_reward, other)
     )
+    for model in (reward, value, stranger):
+        stay_trainable(model)
     freeze(reward)
     expected = reward(IDS).logits.clone()
     value = add_value_adapter(value, LoraConfig(target_modules="all-linear"))
@@ -133,6 +136,28 @@ def test_quantized_copies_are_shared_scales_and_all(quantization, llama_reward, 
     freeze(stranger)
     share_parameters(stranger, reward)
     assert torch.equal(stranger(IDS).logits, mine)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["packed before", "never packed"])
+def test_4bit_layers_pass_gradients_after_a_rollout(before, llama_policy):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(llama_policy, quantization_config=config)
+    model = add_policy_adapter(model, LoraConfig(target_modules="all-linear"))
+
+    @torch.no_grad()
+    def rollout():
+        return model.eval()(IDS).logits
+
+    if before:
+        rollout()  # on some CPUs bitsandbytes now has them in a form without a gradient
+    stay_trainable(model)
+    once = rollout()
+    assert torch.equal(rollout(), once)
+    model.train()(IDS).logits.square().sum().backward()
+    lowest = [p.grad for name, p in model.named_parameters() if ".layers.0." in name and "lora_B" in name]
+    assert lowest and all(grad is not None and grad.abs().sum() > 0 for grad in lowest)
 
 
 def test_other_dtype_is_not_shared():

@@ -16,6 +16,7 @@ from fourscore.config import ModelConfig, PPOConfig
 from fourscore.models import loading
 from fourscore.models.adapters import reference
 from fourscore.models.loading import load_models
+from fourscore.models.quantized import stay_trainable
 from fourscore.ppo.trainer import PPOTrainer
 
 IDS = torch.arange(3, 21).reshape(2, 9)
@@ -91,6 +92,7 @@ def expected(path, ids, kind, adapter=None, dtype=torch.float32, **kwargs):
     model = auto.from_pretrained(path, dtype=dtype, **labels, **kwargs)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
+    stay_trainable(model)  # else some CPUs compute 4-bit layers in bf16
     with torch.no_grad():
         return model.eval()(ids, use_cache=False).logits
 

@@ -6,6 +6,7 @@ is kept next to this file, and a typing error in the command name costs no wait.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 2 bad input (a line on stderr for each thing that is wrong), 130 stopped with Ctrl-C.
     """
+    # On some CPUs bitsandbytes says at every start that it lacks a kernel, of layers that are never made here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = sys.argv[1:] if argv is None else list(argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):

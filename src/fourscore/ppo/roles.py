@@ -99,6 +99,9 @@ def prepare_roles(
         value_model = share_trunk(policy)
     _check(policy, ref_policy, reward_model, value_model, peft_config)
     shared_trunk = shares_trunk(policy, value_model)
+    for model in (policy, ref_policy, reward_model, value_model):
+        if model is not None:
+            stay_trainable(model)
     quantized = any(getattr(m, "is_quantized", False) for m in (policy, value_model))
     if peft_config is not None:
         policy = add_policy_adapter(policy, peft_config)
@@ -143,7 +146,6 @@ def prepare_roles(
     for model in (policy, value_model, reward_model, ref_policy):
         if model is not None:
             disable_dropout(model)
-            stay_trainable(model)
     for model in (policy, value_model):
         train_in_fp32(model)
         if not any(p.requires_grad for p in model.parameters()):
