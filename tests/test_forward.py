@@ -1,6 +1,7 @@
 """Logprobs, values and scores of padded batches against plain forwards of each sample alone, for every architecture."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,8 +78,8 @@ def plain_logprobs(policy: Any, temperature: float) -> tuple[Tensor, Tensor]:
         logits = policy(input_ids=sample[None], attention_mask=torch.ones(1, len(sample)), use_cache=False).logits[0]
         distribution = (logits[prompt_len - 1 : -1] / temperature).log_softmax(-1)
         logprobs += [row[token] for row, token in zip(distribution, sample[prompt_len:], strict=True)]
-        entropies += [-sum(q.exp() * q for q in row) for row in distribution.detach().double()]
-    return torch.stack(logprobs), torch.stack(entropies).float()
+        entropies.append(-(distribution.double().exp() * distribution.double()).sum(-1))
+    return torch.stack(logprobs), torch.cat(entropies).float()
 
 
 def plain_values(critic: Any) -> Tensor:
@@ -191,11 +192,11 @@ def test_chunks_change_neither_numbers_nor_gradients(
         shapes: list[int] = []
         handle = head.register_forward_hook(lambda module, args, out, shapes=shapes: shapes.append(out.shape[1]))
         logprobs, entropy = completion_logprobs(policy, batch, 0.7)
-        (logprobs * weights).sum().backward()
+        (logprobs * weights + entropy * weights.flip(0)).sum().backward()
         handle.remove()
         forward, backward = shapes[1 : 1 + -(-14 // chunk)], shapes[1 + -(-14 // chunk) :]
         assert forward == backward and sum(forward) == 14 and max(forward) == chunk
-        results.append((logprobs.detach(), entropy, [p.grad for p in policy.parameters()]))
+        results.append((logprobs.detach(), entropy.detach(), [p.grad for p in policy.parameters()]))
         policy.zero_grad(set_to_none=True)
     assert_close(results[1][:2], results[0][:2], rtol=0, atol=1e-6)
     assert_close(results[1][2], results[0][2], rtol=1e-3, atol=1e-4)
@@ -206,6 +207,7 @@ def test_gradients_equal_those_of_a_plain_forward(policy: Any, critic: Any) -> N
     batch = rectangle(SAMPLES, PROMPT_LENS)
     for model, ours, plain in (
         (policy, lambda: completion_logprobs(policy, batch, 0.7)[0], lambda: plain_logprobs(policy, 0.7)[0]),
+        (policy, lambda: completion_logprobs(policy, batch, 0.7)[1], lambda: plain_logprobs(policy, 0.7)[1]),
         (critic, lambda: completion_values(critic, batch), lambda: plain_values(critic)),
     ):
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -238,9 +240,43 @@ def randomize(model: nn.Module, part: str) -> None:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_entropy_carries_no_gradient(llama: Any) -> None:
-    logprobs, entropy = completion_logprobs(llama, rectangle(SAMPLES, PROMPT_LENS), 1.0)
-    assert logprobs.requires_grad and not entropy.requires_grad
+@pytest.mark.parametrize("wanted", ["entropy", "logprobs", "both"])
+@pytest.mark.parametrize("positions", [1, 4, 14])
+def test_gradients_of_logprobs_and_entropies_in_float64(wanted: str, positions: int, monkeypatch: Any) -> None:
+    """Chunk by chunk and analytically, against autograd on whole logits."""
+    generator = torch.Generator().manual_seed(6)
+    monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * 11 * positions)
+    states, weights = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((14, 3), (14, 2)))
+    head = nn.Linear(3, 11, bias=False).double()
+    targets = torch.randint(11, (14,), generator=generator)
+    kept = {"entropy": torch.tensor([0.0, 1.0]), "logprobs": torch.tensor([1.0, 0.0]), "both": torch.ones(2)}[wanted]
+
+    def gradients(function: Any) -> list[Tensor]:
+        inputs = states.clone().requires_grad_()
+        head.weight.grad = None
+        out = function(inputs)
+        sum((each * w).sum() for each, w, keep in zip(out, weights.T, kept, strict=True) if keep).backward()
+        assert inputs.grad is not None and head.weight.grad is not None
+        return [inputs.grad, head.weight.grad]
+
+    def whole(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (head(inputs) / 0.7).log_softmax(-1)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    def chunked(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        size = forward_module.CHUNK_BYTES // (4 * 11)
+        return forward_module._ChunkedLogprobs.apply(inputs, targets, 0.7, size, head, head)
+
+    assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-14)
+
+
+def test_entropy_slope_where_tokens_are_ruled_out() -> None:
+    # H of (2/3, 1/3): the slope is -p (log p + H) there, and 0, not NaN, where a logit is minus infinity.
+    logits = torch.tensor([[math.log(2), 0.0, -math.inf]], dtype=torch.float64)
+    p = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
+    entropy = -(p * p.log()).sum()
+    expected = torch.cat([-p * (p.log() + entropy), torch.zeros(1, dtype=torch.float64)])
+    assert_close(forward_module._entropy_slope(logits, torch.ones(1, dtype=torch.float64))[0], expected)
 
 
 def test_entropy_of_a_uniform_distribution(llama: Any) -> None:

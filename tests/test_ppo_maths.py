@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fourscore.models.forward import microbatches, rectangle, scatter_back
-from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience, sum_per_sample
-from fourscore.ppo.losses import policy_loss, value_loss
+from fourscore.ppo.losses import kl_loss, policy_loss, token_weights, value_loss
 
 
 def f64(*numbers: float) -> Tensor:
@@ -117,6 +117,24 @@ def test_gae_does_not_see_the_neighbours() -> None:
     assert_close(together, alone, rtol=0, atol=0)
 
 
+def test_gae_with_a_lambda_for_each_sample() -> None:
+    # Sample 0 with 0.5, sample 1 with 0: as above, gamma 0.9; lambda does not matter to a single token.
+    got, _ = gae(f64(1, 2, 3, 4, 4), f64(0.5, 1, 2, -1, 2), ints(3, 2), 0.9, f64(0.5, 0))
+    # Sample 1: delta_1 = 4 - 2 = 2, delta_0 = 4 + 0.9 * 2 + 1 = 6.8.
+    assert_close(got, f64(2.8625, 3.25, 1, 6.8, 2))
+    alone = [
+        gae(f64(1, 2, 3), f64(0.5, 1, 2), ints(3), 0.9, 0.5)[0],
+        gae(f64(4, 4), f64(-1, 2), ints(2), 0.9, 0.0)[0],
+    ]
+    assert_close(got, torch.cat(alone), rtol=0, atol=0)
+
+
+def test_length_adaptive_lambda() -> None:
+    # 1 - 1 / (0.05 l): 1 - 1/5 for 100 tokens, 1 - 1/50 for 1000; 20 tokens give 0, and fewer are held to it.
+    got = length_adaptive_lambda(ints(100, 1000, 20, 3), 0.05, torch.float64)
+    assert_close(got, f64(0.8, 0.98, 0, 0), rtol=0, atol=1e-15)
+
+
 # ------------------------------------------------------------------ whitening
 
 
@@ -166,19 +184,38 @@ def test_policy_loss() -> None:
     ratios, advantages = f64(1, 1.5, 0.5, 1.5, 0.5), f64(1, 1, 1, -1, -1)
     old = f64(-1, -2, -3, -4, -5)
     # eps = 0.2, max(-A r, -A clip(r)): max(-1, -1) = -1; max(-1.5, -1.2) = -1.2, clipped; max(-0.5, -0.8) = -0.5;
-    # max(1.5, 1.2) = 1.5; max(0.5, 0.8) = 0.8, clipped. Sum -0.4, two clipped.
+    # max(1.5, 1.2) = 1.5; max(0.5, 0.8) = 0.8, clipped.
     terms = policy_loss(old + ratios.log(), old, advantages, 0.2)
-    assert_close(terms.loss, f64(-0.4)[0])
-    assert terms.clipped.item() == 2
+    assert_close(terms.loss, f64(-1, -1.2, -0.5, 1.5, 0.8))
+    assert terms.clipped.tolist() == [False, True, False, False, True]
+
+
+def test_policy_loss_with_a_higher_upper_range() -> None:
+    # eps = 0.2, eps_high = 0.28: 1.25 is inside now, 1.5 becomes 1.28; below 1 all is as before.
+    ratios, advantages, old = f64(1.25, 1.5, 0.5), f64(2, 2, -2), f64(-1, -2, -3)
+    terms = policy_loss(old + ratios.log(), old, advantages, 0.2, 0.28)
+    assert_close(terms.loss, f64(-2.5, -2.56, 1.6))
+    assert terms.clipped.tolist() == [False, True, True]
+
+
+def test_policy_loss_with_a_dual_clip() -> None:
+    # c = 3. A = -2: r = 2 costs 4, within 6; r = 5 would cost 10 and costs 6. A = 2 knows no such bound: -2 * 1.2.
+    old = f64(-1, -2, -3)
+    logprobs = (old + f64(2, 5, 5).log()).requires_grad_()
+    terms = policy_loss(logprobs, old, f64(-2, -2, 2), 0.2, dual_clip=3.0)
+    assert_close(terms.loss, f64(4, 6, -2.4))
+    assert terms.clipped.tolist() == [False, True, True]
+    # d/dlogp of 2 r is 2 r = 4 where nothing is clipped, and 0 elsewhere.
+    assert_close(torch.autograd.grad(terms.loss.sum(), logprobs)[0], f64(4, 0, 0))
 
 
 def test_policy_loss_of_an_unchanged_policy_is_minus_the_advantages() -> None:
     logprobs = f64(-1, -2, -3).requires_grad_()
     terms = policy_loss(logprobs, logprobs.detach(), f64(2, -3, 4), 0.2)
-    assert_close(terms.loss, f64(-3)[0])
-    assert terms.clipped.item() == 0
+    assert_close(terms.loss, f64(-2, 3, -4))
+    assert not terms.clipped.any()
     # d/dlogp of -A exp(logp - old) is -A at ratio 1.
-    assert_close(torch.autograd.grad(terms.loss, logprobs)[0], f64(-2, 3, -4))
+    assert_close(torch.autograd.grad(terms.loss.sum(), logprobs)[0], f64(-2, 3, -4))
 
 
 def test_policy_loss_has_no_gradient_where_clipped() -> None:
@@ -186,46 +223,86 @@ def test_policy_loss_has_no_gradient_where_clipped() -> None:
     logprobs = (old + f64(1.5, 0.5, 1.5).log()).requires_grad_()
     terms = policy_loss(logprobs, old, f64(1, -1, -1), 0.2)
     # The first two are clipped; the third is not: d/dlogp of r = 1.5.
-    assert_close(torch.autograd.grad(terms.loss, logprobs)[0], f64(0, 0, 1.5))
+    assert_close(torch.autograd.grad(terms.loss.sum(), logprobs)[0], f64(0, 0, 1.5))
 
 
 def test_value_loss() -> None:
     # eps = 0.2 about 0. Token 0: V 0.1, R 1: 0.81 both ways. Token 1: V 1, R 2: plain 1, clipped (0.2 - 2)^2 = 3.24.
-    # Token 2: V -1, R 1: plain 4, clipped (-0.2 - 1)^2 = 1.44. Sum 0.5 * (0.81 + 3.24 + 4) = 4.025, one clipped.
+    # Token 2: V -1, R 1: plain 4, clipped (-0.2 - 1)^2 = 1.44. Half of the larger ones.
     terms = value_loss(f64(0.1, 1, -1), f64(0, 0, 0), f64(1, 2, 1), 0.2)
-    assert_close(terms.loss, f64(4.025)[0])
-    assert terms.clipped.item() == 1
+    assert_close(terms.loss, f64(0.405, 1.62, 2))
+    assert terms.clipped.tolist() == [False, True, False]
 
 
 def test_value_loss_clips_about_the_old_value() -> None:
     # V_old = 5, V = 4, eps = 0.5: clipped to 4.5. R = 3: plain 1, clipped 2.25; half of it 1.125.
     terms = value_loss(f64(4), f64(5), f64(3), 0.5)
-    assert_close(terms.loss, f64(1.125)[0])
-    assert terms.clipped.item() == 1
-
-
-def test_losses_of_a_single_token_are_scalars() -> None:
-    assert policy_loss(f64(-1), f64(-1), f64(1), 0.2).loss.shape == ()
-    assert value_loss(f64(-1), f64(-1), f64(1), 0.2).loss.shape == ()
+    assert_close(terms.loss, f64(1.125))
+    assert terms.clipped.tolist() == [True]
 
 
 def test_gradients_agree_with_finite_differences() -> None:
     generator = torch.Generator().manual_seed(1)
     new, old, target = torch.randn(3, 40, generator=generator, dtype=torch.float64)
     new = (old + 0.5 * new).requires_grad_()
-    for loss in (policy_loss, value_loss):
-        assert 0 < loss(new, old, target, 0.2).clipped < 40
-        assert torch.autograd.gradcheck(lambda x, f=loss: f(x, old, target, 0.2).loss, (new,), eps=1e-6, atol=1e-8)
+    losses = {
+        "policy": lambda x: policy_loss(x, old, target, 0.2),
+        "policy, dual clip": lambda x: policy_loss(x, old, target, 0.2, 0.4, 1.5),
+        "value": lambda x: value_loss(x, old, target, 0.2),
+    }
+    for name, loss in losses.items():
+        assert 0 < loss(new).clipped.sum() < 40, name
+        assert torch.autograd.gradcheck(lambda x, f=loss: f(x).loss.sum(), (new,), eps=1e-6, atol=1e-8)
 
 
-def test_losses_add_up_over_pieces() -> None:
-    generator = torch.Generator().manual_seed(2)
-    new, old, target = torch.randn(3, 10, generator=generator, dtype=torch.float64)
-    for loss in (policy_loss, value_loss):
-        whole = loss(new, old, target, 0.2)
-        parts = [loss(new[s], old[s], target[s], 0.2) for s in (slice(0, 1), slice(1, 6), slice(6, 10))]
-        assert_close(whole.loss, torch.stack([p.loss for p in parts]).sum())
-        assert whole.clipped == sum(p.clipped for p in parts)
+def test_weights_of_a_mean_over_tokens_and_over_samples() -> None:
+    # Two of four samples, of 1 and 3 tokens, in a minibatch of 8 tokens: 8 / (4 * 1) = 2, and 8 / (4 * 3) = 2/3 each.
+    assert_close(token_weights(ints(1, 3), 8, 4, "token", torch.float64), f64(1, 1, 1, 1))
+    assert_close(token_weights(ints(1, 3), 8, 4, "sequence", torch.float64), f64(2, 2 / 3, 2 / 3, 2 / 3))
+
+
+def test_weights_of_a_minibatch_add_up_to_its_tokens() -> None:
+    lens = ints(1, 3, 2, 7)
+    for aggregation in ("token", "sequence"):
+        assert token_weights(lens, 13, 4, aggregation, torch.float64).sum().item() == pytest.approx(13)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ KL as a loss
+
+
+def test_kl_loss_by_hand() -> None:
+    # ratio 2 and 1; d = logp - ref = -1 + 1.5 = 0.5 and -2 + 1 = -1. k1: 2 * 0.5 = 1, -1.
+    # k3: e^-d - 1 + d: 2 * 0.1065306597 = 0.2130613194, and e^1 - 1 - 1 = 0.7182818285. Gradient of both: ratio * d.
+    old, ref = f64(-1 - math.log(2), -2), f64(-1.5, -1)
+    for estimator, value in (("k1", f64(1, -1)), ("k3", f64(0.2130613194, 0.7182818285))):
+        logprobs = f64(-1, -2).requires_grad_()
+        loss = kl_loss(logprobs, old, ref, estimator)  # type: ignore[arg-type]
+        assert_close(loss.detach(), value, rtol=0, atol=1e-9)
+        assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], f64(1, -1))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("moved", [False, True], ids=["at the rollout's policy", "away from it"])
+def test_kl_loss_has_the_gradient_of_the_divergence(estimator: str, moved: bool) -> None:
+    """Over all tokens of a small vocabulary, each as often as the rollout's policy draws it: no sampling noise."""
+    generator = torch.Generator().manual_seed(3)
+    start, reference, step = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    old, ref = start.log_softmax(0), reference.log_softmax(0)
+    logits = (start + 0.5 * step * moved).requires_grad_()
+    logp = logits.log_softmax(0)
+    expected = (logp.exp() * (logp - ref)).sum()
+    mean = (old.exp() * kl_loss(logits.log_softmax(0), old, ref, estimator)).sum()  # type: ignore[arg-type]
+    assert_close(mean, expected)
+    gradient = torch.autograd.grad(expected, logits)[0]
+    assert_close(torch.autograd.grad(mean, logits)[0], gradient)
+    # What the estimators have by themselves is another one: nothing at all for k1, that of the other divergence for k3.
+    naive = (old.exp() * kl_estimate(logits.log_softmax(0), ref, estimator)).sum()  # type: ignore[arg-type]
+    assert (torch.autograd.grad(naive, logits)[0] - gradient).abs().max() > 0.05
+    if not moved:
+        k1 = (old.exp() * kl_estimate(logits.log_softmax(0), ref, "k1")).sum()
+        assert_close(torch.autograd.grad(k1, logits)[0], torch.zeros_like(logits))
+        k2 = (old.exp() * 0.5 * (logits.log_softmax(0) - ref).square()).sum()
+        assert_close(torch.autograd.grad(k2, logits)[0], gradient)
 
 
 # ------------------------------------------------------------------ samples

@@ -1,4 +1,4 @@
-"""Several 'processes' in one: threads that add up tensors at a barrier, as an all-reduce does."""
+"""Several 'processes' in one: threads that put their tensors together at a barrier, as an all-reduce does."""
 
 import threading
 from collections.abc import Callable
@@ -15,16 +15,20 @@ class Together:
     def __init__(self, size: int) -> None:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=60)
-        self.given: dict[int, Tensor] = {}
+        self.given: dict[int, Any] = {}
         self.ranks = threading.local()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all threads, on each of them."""
+        return torch.stack(self.all(x)).sum(0)
+
+    def all(self, x: Any) -> list[Any]:
+        """What all threads have given, on each of them."""
         self.given[self.ranks.rank] = x
         self.barrier.wait()
-        total = torch.stack([self.given[rank] for rank in range(self.size)]).sum(0)
+        given = [self.given[rank] for rank in range(self.size)]
         self.barrier.wait()
-        return total
+        return given
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """The results of `work(rank)`, run at the same time on each rank."""

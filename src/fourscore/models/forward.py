@@ -109,7 +109,8 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
         temperature: logits are divided by it, as in the rollout.
 
     Returns:
-        logprobs `[C]` and entropies `[C]` in nats, fp32; entropies carry no gradient.
+        logprobs `[C]` and entropies `[C]` in nats, fp32, both with gradient; that of the entropies costs nothing where
+        it is not asked for.
 
     Raises:
         FourscoreError: the model keeps its backbone where transformers does not.
@@ -208,28 +209,49 @@ class _ChunkedLogprobs(torch.autograd.Function):
             total = weights.sum(1)
             logprobs.append(chosen_logit - total.log())
             entropies.append(total.log() - weights.mul_(logits).sum(1) / total)
-        logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
+        ctx.set_materialize_grads(False)
+        return torch.cat(logprobs), torch.cat(entropies)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         states, targets = ctx.saved_tensors
+        if grad is None:
+            assert entropy_grad is not None
+            grad = torch.zeros_like(entropy_grad)
+        chunks = [x.split(ctx.size) for x in (states, targets, grad)]
+        of_entropy = [None] * len(chunks[0]) if entropy_grad is None else entropy_grad.split(ctx.size)
         pieces = []
-        for some, chosen, grads in zip(*(x.split(ctx.size) for x in (states, targets, grad)), strict=True):
+        for some, chosen, grads, entropy_grads in zip(*chunks, of_entropy, strict=True):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
             # d logprob / d logits = (onehot - softmax) / temperature, written over one copy of the logits.
             slope = _scaled(logits.detach(), ctx.temperature)
             slope -= slope.amax(1, keepdim=True)
+            bonus = None if entropy_grads is None else _entropy_slope(slope, entropy_grads / ctx.temperature)
             slope.exp_()
             grads = grads[:, None] / ctx.temperature
             slope *= -grads / slope.sum(1, keepdim=True)
             slope.scatter_add_(1, chosen[:, None], grads)
+            if bonus is not None:
+                slope += bonus
             logits.backward(slope.to(logits.dtype))
             pieces.append(some.grad)
         return torch.cat(pieces), None, None, None, None, None
+
+
+def _entropy_slope(logits: Tensor, grads: Tensor) -> Tensor:
+    """Gradient of entropies `H = -sum p log p` with respect to logits: `-p (log p + H)`, times `grads`.
+
+    Args:
+        logits: `[c, V]`.
+        grads: `[c]`.
+    """
+    logp = logits.log_softmax(1)
+    p = logp.exp()
+    logp.masked_fill_(p == 0, 0)  # p log p is 0 there, and not 0 times minus infinity
+    entropy = -(p * logp).sum(1, keepdim=True)
+    return p.mul_(logp.add_(entropy)).mul_(-grads[:, None])
 
 
 @contextmanager

@@ -163,10 +163,16 @@ def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, t
     microbatches = 2 if sizes.minibatch > sizes.microbatch else 1
     experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes)
     tokens = int(experience.completion_lens.sum())
-    for name in ("logprobs", "values", "advantages", "returns"):
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
         setattr(experience, name, torch.zeros(tokens))
-    sizes_here = {"epochs": 1, "minibatch": len(experience), "microbatch": sizes.microbatch}
-    settings = replace(UpdateSettings.of(args), **sizes_here)
+    experience.scores = torch.zeros(len(experience))
+    settings = replace(
+        UpdateSettings.of(args),
+        epochs=1,
+        minibatch=len(experience),
+        microbatch=sizes.microbatch,
+        early_stop_kl=None,  # numbers without data say nothing of a distance
+    )
     optimizers = {name: _warm_optimizer(model, args, fake) for name, model in roles.trained.items()}
     handles = []
     for name, model in roles.trained.items():

@@ -50,7 +50,25 @@ def shaped_rewards(kl: Tensor, scores: Tensor, lens: Tensor, kl_coef: float) -> 
     return rewards.index_add(0, last, scores.to(rewards.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, lens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def length_adaptive_lambda(lens: Tensor, alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """GAE's lambda of each completion, `1 - 1 / (alpha l)`, held to 0 at least.
+
+    The weights of the TD errors that an advantage adds up have the sum `1 / (1 - lambda)`: with this lambda that is
+    `alpha l`, a share of the length, so that what happens at the end of a long completion still reaches its beginning
+    (Yue et al. 2025, VAPO, arXiv 2504.05118, section 4.2). Completions of at most `1 / alpha` tokens get 0.
+
+    Args:
+        lens: `[n]` tokens of each completion.
+        alpha: above 0.
+        dtype: of the result.
+
+    Returns:
+        `[n]`.
+    """
+    return (1 - 1 / (alpha * lens.to(dtype))).clamp(min=0)
+
+
+def gae(rewards: Tensor, values: Tensor, lens: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, sample by sample; the value after the last token is 0.
 
     `delta_t = r_t + gamma V_{t+1} - V_t` and `A_t = delta_t + gamma lam A_{t+1}`
@@ -61,7 +79,8 @@ def gae(rewards: Tensor, values: Tensor, lens: Tensor, gamma: float, lam: float)
         values: `[C]`.
         lens: `[n]` tokens.
         gamma: discount a token.
-        lam: GAE's lambda.
+        lam: GAE's lambda, one for all or `[n]`, one a sample; with 1 the returns are those of the rollout itself
+            (Monte-Carlo), whatever the values say.
 
     Returns:
         advantages `[C]` and returns `[C]`.
@@ -76,8 +95,9 @@ def gae(rewards: Tensor, values: Tensor, lens: Tensor, gamma: float, lam: float)
     delta = r + gamma * v[:, 1:] - v[:, :-1]
     advantages = torch.zeros_like(r)
     running = r.new_zeros(n)
+    decay = gamma * lam
     for t in reversed(range(longest)):
-        running = delta[:, t] + gamma * lam * running
+        running = delta[:, t] + decay * running
         advantages[:, t] = running
     flat = advantages[within]
     return flat, flat + values
