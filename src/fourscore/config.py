@@ -19,9 +19,11 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fourscore import demo
+from fourscore.combinations import contradictions, contradictions_of_run, without_effect
 from fourscore.config_fields import FIELDS, field_default, help_text
 from fourscore.errors import Findings, FourscoreError
 from fourscore.presets import FOLLOWS, PRESETS
@@ -296,7 +298,10 @@ class PPOConfig(TrainingArguments):
         for check in (self._refuse_fields, self._check_values):
             with findings.collect():
                 check()
+        contradictions(self, findings)
         findings.raise_errors()
+        for sentence in without_effect(self):
+            warnings.warn(sentence, stacklevel=3)
 
         self.output_dir = os.path.join("runs", "ppo") if self.output_dir is None else str(self.output_dir)
         self.sft_model_path = str(demo.POLICY if self.sft_model_path is None else self.sft_model_path)
@@ -355,12 +360,19 @@ class PPOConfig(TrainingArguments):
             world_size: number of processes.
 
         Raises:
-            FourscoreError: `num_mini_batches` does not divide the batch, or there are no prompts.
+            FourscoreError: `num_mini_batches` does not divide the batch, there are no prompts, or other settings do not
+                fit the length of the run.
         """
         if num_prompts < 1:
             raise FourscoreError("--dataset_name: there is no prompt to train on")
         for name, size in self._batch_sizes(world_size).items():
             setattr(self, name, size)
+        self._resolve_length(num_prompts)
+        findings = Findings()
+        contradictions_of_run(self, findings)
+        findings.raise_errors()
+
+    def _resolve_length(self, num_prompts: int) -> None:
         assert self.batch_size is not None
         if self.max_steps > 0:
             self.num_total_batches = self.max_steps
@@ -567,10 +579,16 @@ class PPOConfig(TrainingArguments):
             value = getattr(self, name).value
             with findings.collect():
                 _require(value in ("no", "steps"), name, value, "must be no or steps: PPO counts updates")
-        name, follows = self.lr_scheduler_type.value, ("reduce_lr_on_plateau", "greedy")
-        must = "follows an evaluation loss, which PPO lacks: try linear"
+        value_schedule = getattr(self.value_lr_scheduler_type, "value", self.value_lr_scheduler_type)
         with findings.collect():
-            _require(name not in follows, "lr_scheduler_type", name, must)
+            _require_choice("value_lr_scheduler_type", value_schedule, tuple(kind.value for kind in SchedulerType))
+            self.value_lr_scheduler_type = SchedulerType(value_schedule)
+        schedules = {self.lr_scheduler_type.value: "lr_scheduler_type"}
+        schedules.setdefault(value_schedule, "value_lr_scheduler_type")
+        for name, flag in schedules.items():
+            with findings.collect():
+                must = "follows an evaluation loss, which PPO lacks: try linear"
+                _require(name not in ("reduce_lr_on_plateau", "greedy"), flag, name, must)
         optimizer = self.optim.value
         special = optimizer.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free"))
         with findings.collect():

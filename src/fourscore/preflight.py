@@ -16,7 +16,7 @@ from fourscore.data import load_prompts, longest_prompt, read_prompts
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.checks import Inspected, check_length, inspect_models, is_targeted, linear_names, lora_config
 from fourscore.parallel import is_sharded
-from fourscore.ppo.optim import build_optimizer, build_schedule, state_bytes
+from fourscore.ppo.optim import optimization, state_bytes
 from fourscore.runs import directory
 from fourscore.runs.checkpoint import check_resumable
 
@@ -107,9 +107,8 @@ def _check_lengths(models: Inspected, longest: int, response_length: int, findin
 def _check_settings(args: "PPOConfig", findings: Findings) -> None:
     """What else would stop the trainer when it starts, or at its very end."""
     with findings.collect():
-        # Of no matter what: the package must be there, and the arguments must be ones that it takes.
-        optimizer = build_optimizer(nn.Linear(1, 1), args)
-        build_schedule(optimizer, args, args.num_total_batches or 1)
+        # Of no matter what: the packages must be there, and the arguments must be ones that they take.
+        optimization({role: nn.Linear(1, 1) for role in ("policy", "value")}, args)
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()
@@ -146,8 +145,11 @@ def _check_disk(models: Inspected, args: "PPOConfig", model_args: "ModelConfig",
     if trained is None:
         return
     free = shutil.disk_usage(there).free
-    weights = trained * FP32_BYTES
-    one = checkpoint_bytes(trained, args.optim.value, args.save_only_model)
+    averaged = 0
+    if args.ema_decay is not None:
+        averaged = FP32_BYTES * (trained_parameters(models, args, model_args, ("policy",)) or 0)
+    weights = trained * FP32_BYTES + averaged
+    one = checkpoint_bytes(trained, args.optim.value, args.save_only_model) + averaged
     kept = checkpoints_kept(args)
     where = f"--output_dir {args.output_dir}: the disk has {_size(free)} left"
     if max(weights, one if kept else 0) > free:
@@ -160,14 +162,26 @@ def _check_disk(models: Inspected, args: "PPOConfig", model_args: "ModelConfig",
         )
 
 
-def trained_parameters(models: Inspected, args: "PPOConfig", model_args: "ModelConfig") -> int | None:
-    """How many parameters of policy and value model train, and so are saved; None if that is not known."""
+def trained_parameters(
+    models: Inspected,
+    args: "PPOConfig",
+    model_args: "ModelConfig",
+    roles: tuple[str, ...] = ("policy", "reward_model"),
+) -> int | None:
+    """How many parameters of policy and value model train, and so are saved; None if that is not known.
+
+    Args:
+        models: the skeletons.
+        args: `--value_training`.
+        model_args: the adapter.
+        roles: skeletons to count; the value model's is that of the reward model.
+    """
     total = 0
     try:
         config = lora_config(model_args)
     except FourscoreError:
         return None
-    for role in ("policy", "reward_model"):
+    for role in roles:
         model = models.skeletons.get(role)
         if model is None:
             return None

@@ -45,7 +45,7 @@ class RolePlan:
         shared: weights that a role further up in `Plan.roles` holds already.
         shared_with: those roles.
         gradients: while it is updated.
-        optimizer: state.
+        optimizer: state, and the moving average of the weights (`--ema_decay`).
     """
 
     parameters: int
@@ -171,7 +171,8 @@ def make_plan(
     try:
         with quiet():
             skeleton = build_roles(layout, model_args, training_args)
-            roles = _role_plans(skeleton, layout, model_args, state, on_cpu)
+            averaged = {"policy"} if training_args.ema_decay is not None else set()
+            roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
         parts = trace_phases(layout, model_args, training_args, sizes, device)
     except FourscoreError:
         raise
@@ -223,7 +224,7 @@ def make_plan(
 
 
 def _role_plans(
-    skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float, on_cpu: bool
+    skeleton: Skeleton, layout: Layout, model_args: ModelConfig, state: float, averaged: set[str], on_cpu: bool
 ) -> dict[str, RolePlan]:
     storage = {index: layout.backbones[name] for name, ids in skeleton.frozen.items() for index in ids}
 
@@ -277,7 +278,7 @@ def _role_plans(
             shared=shared,
             shared_with=tuple(shared_with),
             gradients=trained_bytes,
-            optimizer=int(trained_numel * state),
+            optimizer=int(trained_numel * state) + (trained_bytes if name in averaged else 0),
         )
     return plans
 

@@ -1,8 +1,9 @@
-"""What a rollout batch says of the objective, under TRL's names."""
+"""What a rollout batch says of the objective, under TRL's names, and of the value model."""
 
 import torch
 
 from fourscore.parallel import Parallel
+from fourscore.ppo.advantages import gae
 from fourscore.ppo.experience import Experience
 
 
@@ -16,8 +17,8 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
 
     Returns:
         `objective/kl` and `objective/entropy` in nats a completion, `objective/non_score_reward`,
-        `objective/rlhf_reward` and `objective/scores`; and the counts `val/num_eos_tokens` (completions that ended),
-        `tokens/prompt` and `tokens/completion`.
+        `objective/rlhf_reward`, `objective/scores` and `objective/kl_coef`; and the counts `val/num_eos_tokens`
+        (completions that ended), `tokens/prompt` and `tokens/completion`.
     """
     e = experience
     assert e.kl is not None and e.logprobs is not None and e.scores is not None
@@ -40,7 +41,45 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
         "objective/non_score_reward": shaping,
         "objective/rlhf_reward": scores / n + shaping,
         "objective/scores": scores / n,
+        "objective/kl_coef": kl_coef,
         "val/num_eos_tokens": int(ended),
         "tokens/prompt": int(prompt),
         "tokens/completion": int(completion),
     }
+
+
+def value_metrics(experience: Experience, gamma: float, parallel: Parallel) -> dict[str, float]:
+    """How well the values of the rollout's states foretold what came: Monte-Carlo returns, over all processes.
+
+    Args:
+        experience: samples with rewards and values filled in.
+        gamma: discount a token.
+        parallel: the processes.
+
+    Returns:
+        `value/explained_variance`, `1 - Var(return - value) / Var(return)`: 1 is perfect, 0 no better than one number
+        for all states, below 0 worse than that (missing where all returns are equal); and the mean of value - return
+        in thirds of the completions, `value/bias_first`, `value/bias_middle` and `value/bias_last` (missing where no
+        completion is long enough to have a token there; one of a single token has its middle alone).
+    """
+    e = experience
+    assert e.rewards is not None and e.values is not None
+    lens, values = e.completion_lens, e.values
+    returns = gae(e.rewards, values, lens, gamma, 1.0)[1]
+    errors = values - returns
+    position = torch.arange(len(values), device=lens.device) - torch.repeat_interleave(lens.cumsum(0) - lens, lens)
+    third = 3 * (2 * position + 1) // (2 * torch.repeat_interleave(lens, lens))  # by the middle of each token
+    wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
+    returns, errors = returns.to(wide), errors.to(wide)
+    inside = [(third == k).to(wide) for k in range(3)]
+    sums = [returns.sum(), errors.sum(), *(mask.sum() for mask in inside), *((mask * errors).sum() for mask in inside)]
+    mean_return, mean_error, *rest = parallel.sum(torch.stack(sums)).tolist()
+    counts, biases = rest[:3], rest[3:]
+    tokens = sum(counts)
+    squares = [(returns - mean_return / tokens).square().sum(), (errors - mean_error / tokens).square().sum()]
+    spread, unexplained = parallel.sum(torch.stack(squares)).tolist()
+    metrics = {"value/explained_variance": 1 - unexplained / spread} if spread > 0 else {}
+    for name, count, bias in zip(("first", "middle", "last"), counts, biases, strict=True):
+        if count:
+            metrics[f"value/bias_{name}"] = bias / count
+    return metrics

@@ -44,6 +44,7 @@ class Roles:
         as_reference: context manager that yields the reference policy.
         as_reward: context manager that yields the reward model.
         autocast: makes the context of every forward pass of policy and value model.
+        autocast_dtype: that it computes in, if it is on.
         replays_policy: layers at the bottom of policy and reference that scoring computes once for both.
         replays_value: layers at the bottom of value and reward model that scoring computes once for both.
     """
@@ -55,6 +56,7 @@ class Roles:
     as_reference: Callable[[], AbstractContextManager[Any]]
     as_reward: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager]
+    autocast_dtype: torch.dtype | None = None
     replays_policy: int = 0
     replays_value: int = 0
 
@@ -188,6 +190,7 @@ def prepare_roles(
         as_reference,
         as_reward,
         autocast,
+        autocast_dtype,
         replays_policy=layers if ref_policy is not None and same_bottom(policy, ref_policy, layers) else 0,
         replays_value=value_layers if same_bottom(value_model, reward_model, value_layers) else 0,
     )

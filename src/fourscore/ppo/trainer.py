@@ -19,13 +19,16 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
 from fourscore.errors import FourscoreError
+from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
-from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience, sum_per_sample
-from fourscore.ppo.objective import objective_metrics
-from fourscore.ppo.optim import build_optimizer, build_schedule
+from fourscore.ppo.first_ratio import ratio_bound, ratio_finding
+from fourscore.ppo.kl_control import adapted_kl_coef
+from fourscore.ppo.objective import objective_metrics, value_metrics
+from fourscore.ppo.optim import optimization, step_schedules
 from fourscore.ppo.roles import prepare_roles
 from fourscore.ppo.scoring import fill_in, logprobs_of, scores_of
 from fourscore.ppo.update import UpdateSettings, update
@@ -43,9 +46,10 @@ SAMPLES_SHOWN = 5
 
 @dataclass
 class PPOState(TrainerState):
-    """transformers' trainer state, with the number of samples drawn so far."""
+    """transformers' trainer state, with the number of samples drawn so far and the next update's KL coefficient."""
 
     episode: int = 0
+    kl_coef: float = 0.0
 
 
 class PPOTrainer:
@@ -77,6 +81,7 @@ class PPOTrainer:
         ref_model: the reference policy, or None.
         reward_model: frozen. With FSDP and adapters it is the value model, whose adapter is off while it scores.
         value_model: trains.
+        average: the moving average of the policy's weights, with `args.ema_decay`.
         state: transformers' `TrainerState`, with `episode`.
         run_config: dataclasses that `config.yaml` records.
     """
@@ -123,7 +128,8 @@ class PPOTrainer:
         self.ref_model = self.roles.ref_policy
         self.reward_model = self.roles.reward_model
         self.value_model = self.roles.value_model
-        self.optimizers, self.schedules = self._optimization(optimizers)
+        self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
+        self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
 
         self.stop_ids = check_stop_token(args, processing_class, self.model.config.get_text_config().vocab_size)
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
@@ -184,14 +190,19 @@ class PPOTrainer:
             clock.lap("time/rollout_s")
             self._score(experience)
             clock.lap("time/scoring_s")
-            self._advantages(experience)
-            metrics = self._update(experience)
+            value_only = state.global_step < args.value_warmup_updates
+            self._advantages(experience, value_only)
+            metrics = self._update(experience, value_only)
             clock.lap("time/update_s")
 
             state.global_step += 1
             state.episode += args.batch_size
             state.epoch = state.episode / len(self.train_dataset)
-            metrics = objective_metrics(experience, args.kl_coef, parallel) | metrics | clock.laps
+            metrics = objective_metrics(experience, state.kl_coef, parallel) | metrics | clock.laps
+            metrics |= value_metrics(experience, args.gamma, parallel)
+            if args.kl_target is not None and not value_only:
+                kl, size = metrics["objective/kl"], args.batch_size
+                state.kl_coef = adapted_kl_coef(state.kl_coef, kl, args.kl_target, size, args.kl_horizon)
             metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
             metrics |= {"eps": (state.episode - earlier) / (time.perf_counter() - started), "episode": state.episode}
             self._record(experience, metrics)
@@ -228,17 +239,23 @@ class PPOTrainer:
         return scores
 
     @torch.no_grad()
-    def _advantages(self, experience: Experience) -> None:
-        args, e = self.args, experience
+    def _advantages(self, experience: Experience, value_only: bool) -> None:
+        """Fill in KL, rewards, advantages and returns; those are Monte-Carlo returns where the value model warms up."""
+        args, e, reduce = self.args, experience, self.parallel.sum
         assert e.logprobs is not None and e.ref_logprobs is not None and e.values is not None and e.scores is not None
         e.kl = kl_estimate(e.logprobs, e.ref_logprobs, args.kl_estimator)
-        e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, args.kl_coef)
+        kl_coef = 0.0 if args.use_kl_loss else self.state.kl_coef
+        e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, kl_coef)
         if args.whiten_rewards:
-            e.rewards = whiten(e.rewards, shift_mean=False, reduce=self.parallel.sum)
-        advantages, e.returns = gae(e.rewards, e.values, e.completion_lens, args.gamma, args.lam)
-        e.advantages = whiten(advantages, reduce=self.parallel.sum)
+            e.rewards = whiten(e.rewards, shift_mean=False, reduce=reduce)
+        lam, lam_value = args.lam, 1.0 if value_only else args.lam_value
+        if args.lam_alpha:
+            lam = length_adaptive_lambda(e.completion_lens, args.lam_alpha, e.values.dtype)
+        advantages, _ = gae(e.rewards, e.values, e.completion_lens, args.gamma, lam)
+        _, e.returns = gae(e.rewards, e.values, e.completion_lens, args.gamma, lam_value)
+        e.advantages = whiten(advantages, reduce=reduce) if args.whiten_advantages else advantages
 
-    def _update(self, experience: Experience) -> dict[str, float]:
+    def _update(self, experience: Experience, value_only: bool) -> dict[str, float]:
         args = self.args
         # A seed of its own for every update, so that a resumed run shuffles as the uninterrupted one did.
         generator = torch.Generator().manual_seed(args.seed + 1_000_003 * self.state.global_step + self.parallel.rank)
@@ -246,19 +263,29 @@ class PPOTrainer:
             self.roles.policy,
             self.roles.value_model,
             experience,
-            UpdateSettings.of(args),
+            UpdateSettings.of(args, kl_coef=self.state.kl_coef, value_only=value_only),
             self.optimizers,
             self.parallel,
             generator,
             self.roles.autocast,
+            self._check_ratio,
         )
-        metrics["lr"] = self._one(self.schedules).get_last_lr()[0]
-        for schedule in self.schedules.values():
-            schedule.step()
+        if self.average is not None:
+            self.average.update()
+        metrics |= step_schedules(self.schedules, value_only)
         every = args.torch_empty_cache_steps
         if every and self.state.global_step % every == 0 and self.parallel.device.type == "cuda":
             torch.cuda.empty_cache()
         return metrics
+
+    def _check_ratio(self, mean: float, largest: float) -> None:
+        """Warn, or with `--stop_on_ratio` stop, where the first ratios of an update are not 1."""
+        bound = ratio_bound(self.roles, bool(self.args.tf32))
+        finding = ratio_finding(mean, largest, bound, self.state.global_step + 1)
+        if finding is not None and self.args.stop_on_ratio:
+            raise FourscoreError(f"--stop_on_ratio: {finding}.")
+        if finding is not None and self.parallel.is_main:
+            logger.warning("%s", finding)
 
     # ------------------------------------------------------------------ evaluation and samples
 
@@ -374,7 +401,7 @@ class PPOTrainer:
     # ------------------------------------------------------------------ files
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Write policy and tokenizer, and the value model below them, as `from_pretrained` reads them.
+        """Write policy and tokenizer as `from_pretrained` reads them, and below them value model and moving average.
 
         Args:
             output_dir: a folder; `args.output_dir` if None. Under PEFT the adapters are written: one adapter of the
@@ -385,10 +412,8 @@ class PPOTrainer:
         """
         folder = Path(output_dir or self.args.output_dir)
         with checkpoint.disk_errors_named(folder):
-            for name, place in self._checkpointed().folders(folder).items():
-                checkpoint.save_weights(self.roles.trained[name], place, self.parallel, combined=True)
+            self._checkpointed().save(folder, self._tokenizer_to_save(), self.parallel, combined=True)
             if self.parallel.is_main:
-                self._tokenizer_to_save().save_pretrained(folder)
                 updates = [row for row in self.state.log_history if "objective/scores" in row]
                 last = updates[-1] if updates else {}
                 (folder / "README.md").write_text(model_card(self.args, self._card_info(), last), encoding="utf-8")
@@ -471,6 +496,8 @@ class PPOTrainer:
         # How long the run is and when it logs is for this run's flags to say; the rest goes on.
         for name in ("episode", "global_step", "epoch", "log_history", "best_metric", "best_global_step"):
             setattr(fresh, name, saved[name])
+        if self.args.kl_target is not None:
+            fresh.kl_coef = saved.get("kl_coef", fresh.kl_coef)
         self.state = fresh
         for callback in self._stateful():
             attributes = saved["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {})
@@ -479,7 +506,7 @@ class PPOTrainer:
         logger.info("resumed from %s: %d updates are done", folder, self.state.global_step)
 
     def _checkpointed(self) -> checkpoint.Training:
-        return checkpoint.Training(self.roles.trained, self.optimizers, self.schedules)
+        return checkpoint.Training(self.roles.trained, self.optimizers, self.schedules, self.average)
 
     def _tokenizer_to_save(self) -> Any:
         return saved_tokenizer(self.processing_class, self.model.get_input_embeddings().weight.shape[0])
@@ -566,27 +593,6 @@ class PPOTrainer:
             if warning is not None:
                 logger.warning(warning)
 
-    def _optimization(self, given: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """An optimizer and a schedule for each role that trains, or the user's one for both."""
-        optimizer, schedule = given
-        if optimizer is not None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for name, model in self.roles.trained.items():
-                if not any(id(p) in held for p in model.parameters() if p.requires_grad):
-                    raise FourscoreError(
-                        f"optimizers: the optimizer holds nothing that trains in the {name} model; the trainer makes "
-                        "adapters, fp32 copies and shards, so leave the optimizer out and set --optim."
-                    )
-            optimizers = {"policy": optimizer}
-        else:
-            optimizers = {name: build_optimizer(model, self.args) for name, model in self.roles.trained.items()}
-        if schedule is not None:
-            if optimizer is None:
-                raise FourscoreError("optimizers: a schedule was given without the optimizer that it belongs to.")
-            return optimizers, {"policy": schedule}
-        updates = self.args.num_total_batches
-        return optimizers, {name: build_schedule(o, self.args, updates) for name, o in optimizers.items()}
-
     def _new_state(self) -> PPOState:
         args = self.args
         state = PPOState(
@@ -595,6 +601,7 @@ class PPOTrainer:
             max_steps=args.num_total_batches,
             num_train_epochs=-(-args.num_total_batches * args.batch_size // len(self.train_dataset)),
             train_batch_size=args.per_device_train_batch_size,
+            kl_coef=args.kl_coef,
         )
         state.compute_steps(args, state.max_steps)
         return state

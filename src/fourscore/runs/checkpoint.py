@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had not stopped, written whole or not at all."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fourscore.errors import FourscoreError
 from fourscore.models.adapters import frozen_adapters, trained_adapter, write_combined_adapter
+from fourscore.models.average import MovingAverage
 from fourscore.parallel import Parallel
 from fourscore.runs import directory
 
@@ -34,6 +36,10 @@ RNG = "rng.pt"
 STATE = "trainer_state.json"
 HEAD = "score.safetensors"
 """A value head on the policy's backbone, which is all that its value model has of its own."""
+AVERAGE = "policy_ema"
+"""Folder of the moving average of the policy's weights."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,15 +50,45 @@ class Training:
         models: the roles.
         optimizers: one a role, or the policy's for both.
         schedules: one an optimizer.
+        average: the moving average of the policy's weights, if there is to be one.
     """
 
     models: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     schedules: dict[str, Any]
+    average: MovingAverage | None = None
 
     def folders(self, root: Path) -> dict[str, Path]:
         """Where each role's weights are: the policy's at the root, as in a run directory."""
         return {"policy": root, "value": root / "value_model"}
+
+    def save(self, root: Path, tokenizer: Any, parallel: Parallel, *, combined: bool = False) -> None:
+        """Write the weights of each role into its folder, and the average and the tokenizer. Every process calls it."""
+        folders = self.folders(root)
+        for name, place in folders.items():
+            save_weights(self.models[name], place, parallel, combined=combined)
+        with_tokenizer = [folders["policy"]]
+        if self.average is not None:
+            with self.average.in_place():
+                save_weights(self.models["policy"], root / AVERAGE, parallel, combined=combined)
+            with_tokenizer.append(root / AVERAGE)
+        if parallel.is_main:
+            for place in with_tokenizer:
+                tokenizer.save_pretrained(place)
+        parallel.barrier()
+
+    def load(self, root: Path, parallel: Parallel) -> None:
+        """Read back what `save` wrote; an average that is not there starts at the weights."""
+        for name, place in self.folders(root).items():
+            load_weights(self.models[name], place, parallel)
+        if self.average is None:
+            return
+        if not (root / AVERAGE).is_dir():
+            logger.warning("%s has no moving average (--ema_decay): it starts at the policy's weights there", root)
+            self.average.restart()
+            return
+        with self.average.in_place():
+            load_weights(self.models["policy"], root / AVERAGE, parallel)
 
 
 def save(
@@ -74,10 +110,8 @@ def save(
     optimizers = {} if weights_only else optimizer_states(training.models, training.optimizers, parallel)
     rng = parallel.gather([rng_state()])
     with written_whole(folder, parallel) as draft:
-        for name, place in training.folders(draft).items():
-            save_weights(training.models[name], place, parallel)
+        training.save(draft, tokenizer, parallel)
         if parallel.is_main:
-            tokenizer.save_pretrained(draft)
             state.save_to_json(str(draft / STATE))
             if not weights_only:
                 schedules = {name: schedule.state_dict() for name, schedule in training.schedules.items()}
@@ -116,8 +150,7 @@ def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]
             f"--resume_from_checkpoint {folder}: written by {len(rng)} processes, this run has {parallel.world_size}: "
             "resume with the same number, so that it goes on as it was."
         )
-    for name, place in training.folders(folder).items():
-        load_weights(training.models[name], place, parallel)
+    training.load(folder, parallel)
     saved = torch.load(folder / OPTIMIZERS, weights_only=True, map_location="cpu")
     load_optimizer_states(saved["optimizers"], training.models, training.optimizers, parallel)
     for name, schedule in training.schedules.items():
