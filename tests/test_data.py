@@ -57,13 +57,16 @@ def decoded(tokenizer: Any, dataset: datasets.Dataset) -> list[str]:
 
 def test_text_gets_the_ids_the_tokenizer_gives(tokenizer: Any) -> None:
     dataset = tokenize_prompts(datasets.Dataset.from_dict({"prompt": TEXTS, "other": [1, 2, 3]}), tokenizer)
-    assert dataset.column_names == ["input_ids"]
+    assert dataset.column_names == ["input_ids", "prompt", "other"]
+    assert dataset["prompt"][:] == TEXTS and dataset["other"][:] == [1, 2, 3]
     assert dataset["input_ids"][:] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 def test_another_prompt_column(tokenizer: Any) -> None:
     dataset = datasets.Dataset.from_dict({"query": TEXTS})
-    assert decoded(tokenizer, tokenize_prompts(dataset, tokenizer, prompt_column="query")) == TEXTS
+    tokenized = tokenize_prompts(dataset, tokenizer, prompt_column="query")
+    assert decoded(tokenizer, tokenized) == TEXTS
+    assert tokenized["prompt"][:] == TEXTS
 
 
 def test_conversations_end_where_the_answer_starts() -> None:
@@ -108,7 +111,7 @@ def test_input_ids_are_used_as_they_are(tokenizer: Any) -> None:
     dataset = datasets.Dataset.from_dict({"input_ids": rows, "prompt": TEXTS, "lengths": [3, 1, 2]})
     dataset.set_format("torch")
     result = tokenize_prompts(dataset, tokenizer)
-    assert result.column_names == ["input_ids"]
+    assert result.column_names == ["input_ids", "prompt", "lengths"]
     assert result["input_ids"][:] == rows
     again = tokenize_prompts(result, tokenizer)
     assert again["input_ids"][:] == rows

@@ -271,7 +271,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 def test_a_score_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     reward = make_model("llama", make_tokenizer(), "reward", seed=1)
     torch.nn.init.constant_(reward.score.weight, float("nan"))
-    with pytest.raises(FourscoreError, match="NaN"):
+    with pytest.raises(FourscoreError, match="'reward_model' gave nan, which is not finite, for the sample '"):
         trainer_on(config(tmp_path), reward_model=reward).train()
 
 

@@ -305,7 +305,10 @@ class PPOConfig(TrainingArguments):
 
         self.output_dir = os.path.join("runs", "ppo") if self.output_dir is None else str(self.output_dir)
         self.sft_model_path = str(demo.POLICY if self.sft_model_path is None else self.sft_model_path)
-        self.reward_model_path = str(demo.REWARD if self.reward_model_path is None else self.reward_model_path)
+        if self.reward_model_path is not None:
+            self.reward_model_path = str(self.reward_model_path)
+        elif self.sft_model_path == str(demo.POLICY) and not self.reward_funcs and not self.reward_url:
+            self.reward_model_path = str(demo.REWARD)
         # "none" is how a command line says None; a stop token id stands in for either.
         if self.stop_token == "none" or self.stop_token_id is not None:
             self.stop_token = None
@@ -565,6 +568,23 @@ class PPOConfig(TrainingArguments):
         for index in self.stop_token_id or ():
             with findings.collect():
                 _require(index >= 0, "stop_token_id", index, "must not be negative")
+        if self.overlong_buffer > self.response_length:
+            findings.error(
+                f"--overlong_buffer {self.overlong_buffer}: is above --response_length {self.response_length}; lower it"
+            )
+        for weight in self.reward_weights or ():
+            with findings.collect():
+                _require(math.isfinite(weight), "reward_weights", weight, "must be a number")
+        with findings.collect():
+            _require(math.isfinite(self.length_penalty), "length_penalty", self.length_penalty, "must be a number")
+        for url in self.reward_url or ():
+            with findings.collect():
+                _require(
+                    re.match(r"https?://[^/]+", url) is not None,
+                    "reward_url",
+                    url,
+                    "must start with http:// or https://",
+                )
         if self.min_response_length > self.response_length:
             findings.error(
                 f"--min_response_length {self.min_response_length}: is above --response_length "

@@ -51,7 +51,8 @@ def load_prompts(
         tokenizer: The policy's tokenizer.
 
     Returns:
-        Training prompts, and evaluation prompts or None. Both have the one column `input_ids`.
+        Training prompts, and evaluation prompts or None: the column `input_ids`, and for reward functions the prompt as
+        it was read (`prompt`) and every other column.
 
     Raises:
         FourscoreError: A file, dataset, split or column is not there, the hub cannot be reached, or `tokenize_prompts`
@@ -127,7 +128,7 @@ def tokenize_prompts(
     action: Literal["drop", "truncate"] = "drop",
     num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Turn a dataset of prompts into one of token ids.
+    """Turn a dataset of prompts into one of token ids, beside what it has of each prompt.
 
     A column `input_ids` is used as it is, but for positions that a column `attention_mask` marks as padding: those are
     taken out. Otherwise `prompt_column` holds texts, tokenized with the tokenizer's default special tokens, or
@@ -143,7 +144,8 @@ def tokenize_prompts(
         num_proc: Processes to tokenize with.
 
     Returns:
-        A dataset with the one column `input_ids`, a list of at least one int per row, in the order of `dataset`.
+        A dataset in the order of `dataset`, with a column `input_ids`, a list of at least one int per row. The other
+        columns are those of `dataset`, not copied; the one with the prompts is called `prompt`.
 
     Raises:
         FourscoreError: The dataset or a prompt is empty, the column is missing or of another type, a conversation meets
@@ -158,8 +160,7 @@ def tokenize_prompts(
 
     columns = dataset.column_names
     if "input_ids" in columns:
-        extra = [name for name in columns if name not in ("input_ids", "attention_mask")]
-        tokenized = dataset.remove_columns(extra)
+        tokenized = dataset.select_columns([name for name in _TOKENS if name in columns])
         if "attention_mask" in columns:
             tokenized = tokenized.map(
                 _without_padding, remove_columns="attention_mask", num_proc=num_proc, desc="Removing padding"
@@ -183,26 +184,42 @@ def tokenize_prompts(
 
     lengths = _check_ids(tokenized, len(tokenizer))
     if max_prompt_length is None or (lengths <= max_prompt_length).all():
-        return tokenized
+        return _beside(tokenized, dataset, prompt_column)
 
     too_long = int((lengths > max_prompt_length).sum())
     if action == "truncate":
         _log_once(f"{too_long} of {len(lengths)} prompts cut to their last {max_prompt_length} tokens")
-        return tokenized.map(
+        tokenized = tokenized.map(
             _keep_last, fn_kwargs={"length": max_prompt_length}, num_proc=num_proc, desc="Truncating prompts"
         )
+        return _beside(tokenized, dataset, prompt_column)
     if too_long == len(lengths):
         raise FourscoreError(
             f"all {too_long} prompts are longer than --max_prompt_length {max_prompt_length} (the shortest has "
             f"{lengths.min()} tokens): raise it, or pass --max_prompt_length_action truncate"
         )
     _log_once(f"{too_long} of {len(lengths)} prompts dropped: longer than {max_prompt_length} tokens")
-    return tokenized.select(np.flatnonzero(lengths <= max_prompt_length))
+    return _beside(tokenized, dataset, prompt_column).select(np.flatnonzero(lengths <= max_prompt_length))
+
+
+_TOKENS = ("input_ids", "attention_mask")
+
+
+def _beside(tokenized: datasets.Dataset, dataset: datasets.Dataset, prompt_column: str) -> datasets.Dataset:
+    """The tokens, and beside them what the dataset has of each prompt: both stay where they are, on disk mostly."""
+    others = dataset.select_columns([name for name in dataset.column_names if name not in _TOKENS])
+    if not others.column_names:
+        return tokenized
+    if prompt_column != "prompt" and prompt_column in others.column_names:
+        if "prompt" in others.column_names:
+            others = others.remove_columns("prompt")
+        others = others.rename_column(prompt_column, "prompt")
+    return datasets.concatenate_datasets([tokenized, others], axis=1)
 
 
 def longest_prompt(dataset: datasets.Dataset) -> int:
     """Tokens of the longest prompt of a tokenized dataset."""
-    batches = dataset.with_format("arrow").iter(batch_size=10_000)
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
     return max(pc.max(pc.list_value_length(batch["input_ids"].combine_chunks())).as_py() for batch in batches)
 
 

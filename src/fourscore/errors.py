@@ -65,3 +65,7 @@ class Findings:
         """
         if self.errors:
             raise FourscoreError(*self.errors)
+
+
+class RewardError(FourscoreError):
+    """A reward that could not be had, or is no number: names the reward, and where it is about one, the sample."""

@@ -112,7 +112,11 @@ def _inspect_pair(
     on_cpu = training_args.use_cpu or not torch.accelerator.is_available()
     model_args = _usable_attention(model_args, on_cpu, findings)
     sft = find_checkpoint("--sft_model_path", str(training_args.sft_model_path), model_args, findings)
-    reward = find_checkpoint("--reward_model_path", str(training_args.reward_model_path), model_args, findings)
+    reward = None
+    if training_args.reward_model_path is None:
+        findings.error("--reward_model_path must be named: --sft_model_path is")
+    else:
+        reward = find_checkpoint("--reward_model_path", training_args.reward_model_path, model_args, findings)
     skeletons: dict[str, nn.Module] = {}
     if sft is not None:
         with findings.collect():

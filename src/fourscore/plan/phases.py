@@ -21,7 +21,7 @@ from fourscore.plan.trace import Trace
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.optim import build_optimizer
 from fourscore.ppo.roles import Roles, prepare_roles
-from fourscore.ppo.scoring import fill_in
+from fourscore.ppo.scoring import fill_in, scores_of
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rollout.transformers import Sampling, generate
 
@@ -151,7 +151,8 @@ def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: 
     handles = [without_peft(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
     try:
         with trace:
-            fill_in(roles, e, args.temperature, sizes.rollout_batch)
+            if fill_in(roles, e, args.temperature, sizes.rollout_batch) is None:
+                scores_of(roles, e, sizes.rollout_batch)
     finally:
         for handle in handles:
             handle.remove()

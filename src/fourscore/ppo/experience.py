@@ -21,9 +21,10 @@ class Experience:
         logprobs: `[C]` nats, of the policy that generated the samples.
         ref_logprobs: `[C]` nats, of the reference policy.
         values: `[C]` value of the state in which the token was chosen.
-        scores: `[n]` what the reward model says of the sample, penalties included.
+        scores: `[n]` what the rewards say of the sample, shaped, penalties included.
+        token_rewards: `[C]` what they say of single tokens; None where none of them does.
         kl: `[C]` nats, estimate of the divergence from the reference at each token.
-        rewards: `[C]` score plus KL shaping.
+        rewards: `[C]` score plus token rewards plus KL shaping.
         advantages: `[C]`.
         returns: `[C]` targets of the value model.
     """
@@ -36,6 +37,7 @@ class Experience:
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
+    token_rewards: Tensor | None = None
     kl: Tensor | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None

@@ -17,8 +17,9 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
 
     Returns:
         `objective/kl` and `objective/entropy` in nats a completion, `objective/non_score_reward`,
-        `objective/rlhf_reward`, `objective/scores` and `objective/kl_coef`; and the counts `val/num_eos_tokens`
-        (completions that ended), `tokens/prompt` and `tokens/completion`.
+        `objective/rlhf_reward`, `objective/scores`, `objective/kl_coef` and, if there are any,
+        `objective/token_rewards`; and the counts `val/num_eos_tokens` (completions that ended), `tokens/prompt` and
+        `tokens/completion`.
     """
     e = experience
     assert e.kl is not None and e.logprobs is not None and e.scores is not None
@@ -30,21 +31,23 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
         e.prompt_lens.sum(),
         e.completion_lens.sum(),
         torch.tensor(len(e), device=e.kl.device),
+        e.kl.new_zeros(()) if e.token_rewards is None else e.token_rewards.sum(),
     ]
     wide = torch.float32 if e.kl.device.type == "mps" else torch.float64  # MPS has no float64
     totals = parallel.sum(torch.stack([t.to(wide) for t in sums])).tolist()
-    kl, surprisal, scores, ended, prompt, completion, n = totals
+    kl, surprisal, scores, ended, prompt, completion, n, by_token = totals
     shaping = -kl_coef * kl / n
     return {
         "objective/kl": kl / n,
         "objective/entropy": surprisal / n,
         "objective/non_score_reward": shaping,
-        "objective/rlhf_reward": scores / n + shaping,
+        "objective/rlhf_reward": (scores + by_token) / n + shaping,
         "objective/scores": scores / n,
         "objective/kl_coef": kl_coef,
         "val/num_eos_tokens": int(ended),
         "tokens/prompt": int(prompt),
         "tokens/completion": int(completion),
+        **({} if e.token_rewards is None else {"objective/token_rewards": by_token / n}),
     }
 
 

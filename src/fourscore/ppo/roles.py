@@ -39,7 +39,8 @@ class Roles:
     Attributes:
         policy: causal LM, trains.
         ref_policy: frozen causal LM; None when the policy with its adapter off is the reference.
-        reward_model: frozen sequence classifier; the value model itself where that with its adapter off is it.
+        reward_model: frozen sequence classifier; the value model itself where that with its adapter off is it; None
+            where other rewards take its place.
         value_model: sequence classifier, trains.
         as_reference: context manager that yields the reference policy.
         as_reward: context manager that yields the reward model.
@@ -51,7 +52,7 @@ class Roles:
 
     policy: Any
     ref_policy: Any | None
-    reward_model: Any
+    reward_model: Any | None
     value_model: Any
     as_reference: Callable[[], AbstractContextManager[Any]]
     as_reward: Callable[[], AbstractContextManager[Any]]
@@ -75,7 +76,7 @@ def prepare_roles(
     args: Any,
     policy: Any,
     ref_policy: Any | None,
-    reward_model: Any,
+    reward_model: Any | None,
     value_model: Any,
     peft_config: PeftConfig | None,
     parallel: Parallel,
@@ -86,7 +87,7 @@ def prepare_roles(
         args: `PPOConfig`.
         policy: causal LM, plain or PEFT.
         ref_policy: causal LM; None for the policy with its adapter off, or without PEFT for a frozen copy.
-        reward_model: sequence classifier with one label.
+        reward_model: sequence classifier with one label, or None.
         value_model: sequence classifier with one label, another object than `reward_model`; None, or one on the
             policy's backbone, with `--share_value_backbone`.
         peft_config: wraps a plain policy, and unless `--value_training full` the value model, too.
@@ -119,7 +120,8 @@ def prepare_roles(
         raise FourscoreError(
             "quantized weights cannot train: add --use_peft, or leave out --load_in_4bit/--load_in_8bit."
         )
-    freeze(reward_model)
+    if reward_model is not None:
+        freeze(reward_model)
     adaptable = under_peft and not shared_trunk and not isinstance(value_model, PeftModel)
     if adaptable and args.value_training == "adapter":
         value_model = add_value_adapter(value_model, peft_config or policy.peft_config[trained_adapter(policy)])
@@ -167,7 +169,7 @@ def prepare_roles(
         (ref_policy, autocast_dtype),
         (reward_model, None),
     ]
-    if parallel.sharded and _stands_on(reward_model, value_model):
+    if parallel.sharded and reward_model is not None and _stands_on(reward_model, value_model):
         # FSDP2 takes a parameter into one group, so here the value model with its adapter off is the reward model.
         reward_model.to("meta")
         reward_model, as_reward = value_model, partial(reference, value_model)
@@ -181,7 +183,7 @@ def prepare_roles(
         as_reference = partial(reference, policy, args.ref_adapter_name, args.model_adapter_name)
     layers = 0 if parallel.sharded else args.freeze_layers  # FSDP2 has given each model weights of its own
     # The reward model knows no autocast: what the value model computes under it is another number.
-    value_layers = 0 if shared_trunk or autocast_dtype is not None else layers
+    value_layers = 0 if shared_trunk or autocast_dtype is not None or reward_model is None else layers
     return Roles(
         policy,
         ref_policy,
@@ -192,7 +194,7 @@ def prepare_roles(
         autocast,
         autocast_dtype,
         replays_policy=layers if ref_policy is not None and same_bottom(policy, ref_policy, layers) else 0,
-        replays_value=value_layers if same_bottom(value_model, reward_model, value_layers) else 0,
+        replays_value=value_layers if value_layers and same_bottom(value_model, reward_model, value_layers) else 0,
     )
 
 
@@ -214,17 +216,15 @@ def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, pe
             "model is a PEFT model already and peft_config was given, too: pass one of the two "
             "(or merge_and_unload() the first adapter)."
         )
-    for name, model in (("reward_model", reward_model), ("value_model", value_model)):
+    others = [(n, m) for n, m in (("reward_model", reward_model), ("value_model", value_model)) if m is not None]
+    for name, model in others:
         labels = getattr(model.config, "num_labels", None)
         if labels != 1:
             raise FourscoreError(
                 f"{name} has num_labels={labels}, but a score is one number: load it with num_labels=1."
             )
         score_head(model)
-    vocabularies = {
-        name: model.config.get_text_config().vocab_size
-        for name, model in (("model", policy), ("reward_model", reward_model), ("value_model", value_model))
-    }
+    vocabularies = {name: model.config.get_text_config().vocab_size for name, model in [("model", policy), *others]}
     if len(set(vocabularies.values())) > 1:
         raise FourscoreError(
             f"vocabularies differ ({vocabularies}): reward and value model read the policy's tokens, so they must come "

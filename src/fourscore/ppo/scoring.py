@@ -25,7 +25,7 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 @torch.no_grad()
-def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor:
+def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor | None:
     """Fill in logprobs, reference logprobs and values; what two roles have in common is computed once for both.
 
     Args:
@@ -35,7 +35,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
         batch_size: samples a forward pass.
 
     Returns:
-        scores `[n]`, fp32.
+        scores `[n]`, fp32, if the reward model shares the value model's forward pass; else None.
     """
     e = experience
     e.logprobs, e.values, e.ref_logprobs = policy_of(
@@ -57,7 +57,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
         return scores
     if e.values is None:
         e.values = values_of(roles.value_model, e, batch_size, roles.autocast)
-    return scores_of(roles, e, batch_size)
+    return None
 
 
 def scores_of(roles: Roles, experience: Experience, batch_size: int) -> Tensor:

@@ -1,8 +1,11 @@
 """PPOTrainer: rollout, scoring, advantages, update, and the run around them."""
 
 import logging
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
-from fourscore.errors import FourscoreError
+from fourscore.errors import FourscoreError, RewardError
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token
 from fourscore.models.tokenizer import saved_tokenizer
@@ -30,8 +33,11 @@ from fourscore.ppo.kl_control import adapted_kl_coef
 from fourscore.ppo.objective import objective_metrics, value_metrics
 from fourscore.ppo.optim import optimization, step_schedules
 from fourscore.ppo.roles import prepare_roles
-from fourscore.ppo.scoring import fill_in, logprobs_of, scores_of
+from fourscore.ppo.scoring import fill_in, logprobs_of
 from fourscore.ppo.update import UpdateSettings, update
+from fourscore.rewards.build import build_scorer
+from fourscore.rewards.samples import Samples
+from fourscore.rewards.scorer import Rated
 from fourscore.rollout.transformers import Sampling, generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
@@ -46,10 +52,17 @@ SAMPLES_SHOWN = 5
 
 @dataclass
 class PPOState(TrainerState):
-    """transformers' trainer state, with the number of samples drawn so far and the next update's KL coefficient."""
+    """transformers' trainer state, with the number of samples drawn so far and what the next update starts from.
+
+    Attributes:
+        episode: samples drawn.
+        kl_coef: the next update's.
+        scorer: the numbers that shape scores.
+    """
 
     episode: int = 0
     kl_coef: float = 0.0
+    scorer: dict[str, Any] = field(default_factory=dict)
 
 
 class PPOTrainer:
@@ -63,7 +76,7 @@ class PPOTrainer:
         processing_class: the policy's tokenizer, with an explicit pad token.
         model: policy, a causal LM, plain or PEFT.
         ref_model: reference policy. None: with PEFT the policy with its adapter off, else a frozen copy.
-        reward_model: sequence classifier with one label.
+        reward_model: sequence classifier with one label; None where `reward_funcs` or `args.reward_url` take its place.
         train_dataset: rows with `input_ids`, or with a `prompt` that is text or a conversation.
         value_model: sequence classifier with one label. With `args.share_value_backbone` it is None (another one is
             ignored with a warning): its backbone is the policy's, and its head starts at zero.
@@ -72,6 +85,8 @@ class PPOTrainer:
         optimizers: an optimizer over both policy and value model, and its schedule; built from `args` where None.
         callbacks: transformers callbacks, beside the ones that `args.report_to` names.
         peft_config: adapter for the policy and, unless `args.value_training` is "full", the value model.
+        reward_funcs: more rewards, after those that `args.reward_funcs` names: functions with the signature of TRL's
+            GRPO, or strings as in that flag. `docs/rewards.md` says what a function is given and may return.
 
     Raises:
         FourscoreError: settings, models or data that do not fit together.
@@ -79,9 +94,10 @@ class PPOTrainer:
     Attributes:
         model: the policy.
         ref_model: the reference policy, or None.
-        reward_model: frozen. With FSDP and adapters it is the value model, whose adapter is off while it scores.
+        reward_model: frozen, or None. With FSDP and adapters it is the value model, its adapter off while it scores.
         value_model: trains.
         average: the moving average of the policy's weights, with `args.ema_decay`.
+        scorer: the reward model and all other rewards together.
         state: transformers' `TrainerState`, with `episode`.
         run_config: dataclasses that `config.yaml` records.
     """
@@ -92,7 +108,7 @@ class PPOTrainer:
         processing_class: Any,
         model: Any,
         ref_model: Any | None,
-        reward_model: Any,
+        reward_model: Any | None,
         train_dataset: Dataset,
         value_model: Any | None,
         data_collator: Any | None = None,
@@ -100,6 +116,7 @@ class PPOTrainer:
         optimizers: tuple[torch.optim.Optimizer | None, Any | None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        reward_funcs: Any | None = None,
     ) -> None:
         self.args = args
         self.processing_class = processing_class
@@ -128,6 +145,8 @@ class PPOTrainer:
         self.ref_model = self.roles.ref_policy
         self.reward_model = self.roles.reward_model
         self.value_model = self.roles.value_model
+        self.scorer = build_scorer(args, self.roles, reward_funcs, self.parallel)
+        self._check_rewards()
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
         self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
 
@@ -140,6 +159,7 @@ class PPOTrainer:
             handlers, self.model, processing_class, self._one(self.optimizers), self._one(self.schedules)
         )
         self.state = self._new_state()
+        self._noted: dict[str, list[Any]] = {}  # by rewards, of the last batch's samples
         self.metrics_file = JsonLines(Path(args.output_dir) / "metrics.jsonl")
         self.samples_file = JsonLines(Path(args.output_dir) / "samples.jsonl")
 
@@ -161,6 +181,8 @@ class PPOTrainer:
         self._open_run(resume_from_checkpoint)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, TrainerControl())
         try:
+            if self.args.center_scores and self.scorer.offset is None:
+                self._center()
             if self.args.eval_on_start:
                 self.evaluate()
             metrics = self._updates(started)
@@ -186,9 +208,12 @@ class PPOTrainer:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
             clock = _Clock()
 
-            experience = self._rollout(self._next_prompts())
+            rng = checkpoint.rng_state()
+            indices = self._next_indices()
+            experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
             clock.lap("time/rollout_s")
-            self._score(experience)
+            with self._resumable(rng):
+                rewards = self._score(experience, indices)
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
             self._advantages(experience, value_only)
@@ -198,14 +223,15 @@ class PPOTrainer:
             state.global_step += 1
             state.episode += args.batch_size
             state.epoch = state.episode / len(self.train_dataset)
-            metrics = objective_metrics(experience, state.kl_coef, parallel) | metrics | clock.laps
+            metrics = objective_metrics(experience, state.kl_coef, parallel) | rewards | metrics | clock.laps
             metrics |= value_metrics(experience, args.gamma, parallel)
             if args.kl_target is not None and not value_only:
                 kl, size = metrics["objective/kl"], args.batch_size
                 state.kl_coef = adapted_kl_coef(state.kl_coef, kl, args.kl_target, size, args.kl_horizon)
             metrics |= {"memory/peak_gib": parallel.max(peak_gib(parallel.device))}
             metrics |= {"eps": (state.episode - earlier) / (time.perf_counter() - started), "episode": state.episode}
-            self._record(experience, metrics)
+            with self._resumable():
+                self._record(experience, metrics)
         return metrics
 
     @torch.no_grad()
@@ -225,18 +251,40 @@ class PPOTrainer:
         self.model.train()
         return experience
 
-    def _score(self, experience: Experience) -> None:
-        scores = fill_in(self.roles, experience, self.args.temperature, self.args.local_rollout_forward_batch_size)
-        experience.scores = self._with_penalty(scores, experience)
+    @torch.no_grad()
+    def _score(self, experience: Experience, indices: list[int] | None = None) -> dict[str, float]:
+        """Fill in what the roles and the rewards say of samples.
 
-    def _with_penalty(self, scores: torch.Tensor, experience: Experience) -> torch.Tensor:
-        if not scores.isfinite().all():
-            raise FourscoreError(
-                "the reward model gave a score that is NaN or infinite: check the checkpoint and --dtype."
-            )
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * ~experience.has_eos
-        return scores
+        Args:
+            experience: the samples.
+            indices: their rows of the training set, of which functions are given the columns; None: without any.
+
+        Returns:
+            metrics of the rewards.
+        """
+        model_scores = fill_in(
+            self.roles, experience, self.args.temperature, self.args.local_rollout_forward_batch_size
+        )
+        rated = self._rated(experience, self.train_dataset, indices, model_scores)
+        experience.scores, metrics = self.scorer.shape(rated, experience)
+        experience.token_rewards = rated.token_rewards
+        self._noted = rated.columns
+        return rated.metrics | metrics
+
+    def _rated(
+        self,
+        experience: Experience,
+        dataset: Dataset,
+        indices: list[int] | None,
+        model_scores: torch.Tensor | None = None,
+    ) -> Rated:
+        """What the rewards say of samples of these rows, unshaped."""
+
+        def rows() -> dict[str, list[Any]]:
+            names = [name for name in dataset.column_names if name != "input_ids"]
+            return dict(dataset.select_columns(names)[indices]) if names and indices is not None else {}
+
+        return self.scorer.rate(Samples(experience, self.processing_class, rows, model_scores), self.state)
 
     @torch.no_grad()
     def _advantages(self, experience: Experience, value_only: bool) -> None:
@@ -246,6 +294,8 @@ class PPOTrainer:
         e.kl = kl_estimate(e.logprobs, e.ref_logprobs, args.kl_estimator)
         kl_coef = 0.0 if args.use_kl_loss else self.state.kl_coef
         e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, kl_coef)
+        if e.token_rewards is not None:
+            e.rewards = e.rewards + e.token_rewards
         if args.whiten_rewards:
             e.rewards = whiten(e.rewards, shift_mean=False, reduce=reduce)
         lam, lam_value = args.lam, 1.0 if value_only else args.lam_value
@@ -286,6 +336,31 @@ class PPOTrainer:
             raise FourscoreError(f"--stop_on_ratio: {finding}.")
         if finding is not None and self.parallel.is_main:
             logger.warning("%s", finding)
+
+    @torch.no_grad()
+    def _center(self) -> None:
+        """Take the mean score of samples of the policy, which is the SFT policy still, for the zero of all scores.
+
+        Source: Huang et al. 2024 (arXiv 2403.17031), the detail on reward normalization.
+        """
+        args, parallel = self.args, self.parallel
+        # As in evaluation, all processes work through the same number of batches, and what fills up is dropped.
+        share = -(-args.center_scores // parallel.world_size)
+        order = PromptOrder(len(self.train_dataset), args.seed + 7).batch(0, share * parallel.world_size)
+        mine = order[parallel.rank * share : (parallel.rank + 1) * share]
+        totals: list[float] = []
+        with torch.random.fork_rng([parallel.device] if parallel.device.type == "cuda" else []):
+            torch.manual_seed(args.seed + 100_003 * parallel.rank + 7)
+            for start in range(0, share, args.local_rollout_forward_batch_size):
+                indices = mine[start : start + args.local_rollout_forward_batch_size]
+                e = self._rollout(self._prompt_ids(self.train_dataset, indices))
+                rated = self._rated(e, self.train_dataset, indices)
+                totals += [s if a else math.nan for s, a in zip(rated.scores.tolist(), rated.applies, strict=True)]
+        known = [s for s in parallel.gather(totals)[: args.center_scores] if not math.isnan(s)]
+        self.scorer.offset = sum(known) / len(known) if known else 0.0
+        logger.info(
+            "--center_scores: %d samples of the SFT policy score %.4g in the mean", len(known), self.scorer.offset
+        )
 
     # ------------------------------------------------------------------ evaluation and samples
 
@@ -337,7 +412,7 @@ class PPOTrainer:
 
         Returns:
             a row a prompt, in order and on every process: `prompt`, `completion` (text), `completion_ids`, `scores`
-            (the reward model's, without penalties), `completion_length` (tokens), `ended` (1 if it stopped by
+            (the weighted sum of all rewards, unshaped), `completion_length` (tokens), `ended` (1 if it stopped by
             itself), and `kl` (nats a completion, k1).
 
         Raises:
@@ -356,9 +431,10 @@ class PPOTrainer:
             for start in range(0, share, args.per_device_eval_batch_size):
                 indices = mine[start : start + args.per_device_eval_batch_size]
                 e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
+                rated = self._rated(e, self.eval_dataset, indices)
                 columns = {
                     "index": indices,
-                    "scores": scores_of(self.roles, e, args.local_rollout_forward_batch_size).tolist(),
+                    "scores": rated.totals.tolist(),
                     "completion_ids": e.completions(),
                     "completion_length": e.completion_lens.tolist(),
                     "ended": e.has_eos.float().tolist(),
@@ -475,8 +551,14 @@ class PPOTrainer:
             self.samples_file.truncate_after(self.state.global_step)
             directory.write_config(folder / "config.yaml", *self.run_config)
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, weights_only: bool | None = None) -> None:
+        """Write a checkpoint of the updates done so far.
+
+        Args:
+            weights_only: leave out what only resuming needs; None: as `args.save_only_model` says.
+        """
         args, state = self.args, self.state
+        state.scorer = self.scorer.state()
         state.stateful_callbacks = {type(cb).__name__: cb.state() for cb in self._stateful()}
         checkpoint.save(
             Path(args.output_dir) / f"checkpoint-{state.global_step}",
@@ -484,11 +566,36 @@ class PPOTrainer:
             state,
             self._tokenizer_to_save(),
             self.parallel,
-            weights_only=args.save_only_model,
+            weights_only=args.save_only_model if weights_only is None else weights_only,
         )
         if self.parallel.is_main:
             checkpoint.prune(Path(args.output_dir), args.save_total_limit)
         self.control = self.callback_handler.on_save(args, state, self.control)
+
+    @contextmanager
+    def _resumable(self, rng: dict[str, Any] | None = None) -> Iterator[None]:
+        """A reward that fails in this context leaves a checkpoint of the last complete update, whatever flags say.
+
+        Args:
+            rng: the state of the random generators after that update; None: that of now.
+
+        Raises:
+            RewardError: the same, with the way to go on.
+        """
+        try:
+            yield
+        except RewardError as error:
+            done = self.state.global_step
+            if done == 0:
+                raise RewardError(f"{error}; no update was done yet") from error
+            folder = Path(self.args.output_dir) / f"checkpoint-{done}"
+            if rng is not None:
+                checkpoint.set_rng_state(rng)
+            self._save_checkpoint(weights_only=False)
+            raise RewardError(
+                f"{error}; the {done} updates before are in {folder}: mend it and go on with "
+                "--resume_from_checkpoint true"
+            ) from error
 
     def _load_checkpoint(self, folder: Path) -> None:
         saved = checkpoint.load(folder, self._checkpointed(), self.parallel)
@@ -498,6 +605,7 @@ class PPOTrainer:
             setattr(fresh, name, saved[name])
         if self.args.kl_target is not None:
             fresh.kl_coef = saved.get("kl_coef", fresh.kl_coef)
+        self.scorer.load(saved.get("scorer", {}))
         self.state = fresh
         for callback in self._stateful():
             attributes = saved["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {})
@@ -520,21 +628,24 @@ class PPOTrainer:
         if self.control.should_log:
             self._log(metrics)
         every = max(1, args.num_total_batches // args.num_sample_generations) if args.num_sample_generations > 0 else 0
-        if every and (state.global_step - 1) % every == 0:
-            self._sample_table(experience)
-        if self.control.should_evaluate:
-            metrics |= self.evaluate()
-        if self.parallel.is_main:
-            self.metrics_file.append({"step": state.global_step} | metrics)
+        try:
+            if every and (state.global_step - 1) % every == 0:
+                self._sample_table(experience)
+            if self.control.should_evaluate:
+                metrics |= self.evaluate()
+        finally:  # a reward may fail: the update is done all the same
+            if self.parallel.is_main:
+                self.metrics_file.append({"step": state.global_step} | metrics)
         if self.control.should_save:
             self._save_checkpoint()
 
     def _sample_table(self, experience: Experience) -> None:
         assert experience.scores is not None
         scores = experience.scores.tolist()
+        noted = [dict(zip(self._noted, values, strict=True)) for values in zip(*self._noted.values(), strict=True)]
         rows = [
-            {"prompt": p, "completion": c, "score": s}
-            for (p, c), s in zip(self._texts(experience), scores, strict=True)
+            {"prompt": p, "completion": c, "score": s} | note
+            for (p, c), s, note in zip(self._texts(experience), scores, noted or [{}] * len(scores), strict=True)
         ]
         self._keep_samples("train", rows[:SAMPLES_SHOWN])
         self.generate_completions(sampling=True)
@@ -548,15 +659,15 @@ class PPOTrainer:
         self.state.log_history.append(metrics | {"step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(metrics))
 
-    def _next_prompts(self) -> list[list[int]]:
-        """This process's share of the update's prompts."""
+    def _next_indices(self) -> list[int]:
+        """Rows of the training set: this process's share of the update's prompts."""
         args = self.args
         indices = self.prompts.batch(self.state.global_step, args.batch_size)
         start = self.parallel.rank * args.local_batch_size
-        return self._prompt_ids(self.train_dataset, indices[start : start + args.local_batch_size])
+        return indices[start : start + args.local_batch_size]
 
     def _prompt_ids(self, dataset: Dataset, indices: list[int]) -> list[list[int]]:
-        rows = dataset[indices]
+        rows = dataset.select_columns("input_ids")[indices]
         if self.data_collator is None:
             return rows["input_ids"]
         batch = self.data_collator(
@@ -575,6 +686,11 @@ class PPOTrainer:
             action=args.max_prompt_length_action,
             num_proc=args.dataset_num_proc,
         )
+
+    def _check_rewards(self) -> None:
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                self.scorer.check(name for name in dataset.column_names if name not in ("input_ids", "prompt"))
 
     def _trackers(self) -> list[TrainerCallback]:
         """The callbacks that `--report_to` names."""

@@ -1,10 +1,34 @@
-"""The reward model as the source of scores."""
+"""A reward model that reads the policy's own tokens."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourscore.models.forward import microbatches, sample_scores, scatter_back
 from fourscore.ppo.experience import Experience
+from fourscore.rewards.samples import Notes, Samples
+
+
+class TokenModel:
+    """The reward model as a source of rewards, where it reads the policy's tokens."""
+
+    is_async = may_abstain = False
+
+    def __init__(self, score: Callable[[Experience], Tensor], name: str = "reward_model") -> None:
+        """Name a source.
+
+        Args:
+            score: scores `[n]` of samples.
+            name: under which it is logged.
+        """
+        self.name = name
+        self._score = score
+
+    def rate(self, samples: Samples, notes: Notes) -> Any:
+        """The scores `[n]`, from the forward pass that was shared, if there was one."""
+        return self._score(samples.experience) if samples.model_scores is None else samples.model_scores
 
 
 @torch.no_grad()

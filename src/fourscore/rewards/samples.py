@@ -1,0 +1,164 @@
+"""What a reward is told of a batch of samples, and what it may say beside the rewards."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fourscore.ppo.experience import Experience
+
+
+class Samples:
+    """A batch as rewards see it; every list has an entry a sample. What no reward looks at is never made.
+
+    Attributes:
+        experience: the tokens.
+        model_scores: `[n]` what a reward model of the policy's tokens has said of them already, in a forward pass that
+            it shares with the value model.
+    """
+
+    def __init__(
+        self,
+        experience: Experience,
+        tokenizer: Any,
+        rows: Callable[[], dict[str, list[Any]]] = dict,
+        model_scores: Tensor | None = None,
+    ) -> None:
+        """Put a batch together.
+
+        Args:
+            experience: the tokens.
+            tokenizer: the policy's.
+            rows: gives the samples' rows of the dataset, by column.
+            model_scores: as above.
+        """
+        self.experience = experience
+        self.model_scores = model_scores
+        self._tokenizer = tokenizer
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self.experience)
+
+    @cached_property
+    def prompts(self) -> list[Any]:
+        """Texts, or conversations (lists of messages), as the dataset has them; else what the prompts' tokens say."""
+        if "prompt" in self._all_columns:
+            return self._all_columns["prompt"]
+        return self._decoded(self.experience.prompts())
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Prompt and completion decoded together, without special tokens."""
+        # Not one after the other: many tokenizers take the space off the start of a text.
+        return self._decoded([sample.tolist() for sample in self.experience.samples()])
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """Texts, without special tokens."""
+        return self._decoded(self.completion_ids)
+
+    @cached_property
+    def completion_ids(self) -> list[list[int]]:
+        """Tokens of each completion, the EOS that ends it included."""
+        return self.experience.completions()
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """The other columns of the dataset, by name."""
+        return {name: values for name, values in self._all_columns.items() if name not in _OWN}
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the prompts are conversations."""
+        return bool(self.prompts) and isinstance(self.prompts[0], list)
+
+    @property
+    def answers(self) -> list[Any]:
+        """The completions in the form of the prompts: texts, or conversations of one assistant message."""
+        if not self.conversational:
+            return list(self.completions)
+        return [[{"role": "assistant", "content": text}] for text in self.completions]
+
+    @cached_property
+    def _all_columns(self) -> dict[str, list[Any]]:
+        return self._rows()
+
+    def _decoded(self, ids: list[list[int]]) -> list[str]:
+        decoded: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return decoded
+
+
+_OWN = ("prompt", "completion", "completion_ids", "input_ids", "attention_mask")
+
+
+@dataclass
+class Notes:
+    """What rewards write down while they are at it, and what they may look up.
+
+    Attributes:
+        state: transformers' trainer state.
+        metrics: name -> values; their mean becomes a metric.
+        columns: name -> one value a sample, for `samples.jsonl`.
+    """
+
+    state: Any = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Note a number."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: list[Any]) -> None:
+        """Note a value for each sample."""
+        self.columns.setdefault(column, []).extend(values)
+
+
+class Reward(Protocol):
+    """One source of rewards.
+
+    Attributes:
+        name: under which it is logged.
+        is_async: `rate` gives an awaitable.
+        may_abstain: it may give None.
+    """
+
+    name: str
+    is_async: bool
+    may_abstain: bool
+
+    def rate(self, samples: Samples, notes: Notes) -> Any:
+        """Rate samples.
+
+        Returns:
+            a number a sample, or a list with a number for each of its completion tokens, or None where the reward does
+            not apply; or an awaitable of such a list.
+        """
+        ...
+
+
+class Loop:
+    """An event loop in a thread of its own, which stays the same one: async clients are bound to theirs."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, work: Awaitable[Any] | Callable[[], Awaitable[Any]]) -> "Future[Any]":
+        """Begin to await `work`."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop)
+
+
+def _awaited(work: Awaitable[Any] | Callable[[], Awaitable[Any]]) -> Coroutine[Any, Any, Any]:
+    async def wait() -> Any:
+        return await (work() if callable(work) else work)
+
+    return wait()
