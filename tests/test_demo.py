@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fourscore import cli, demo
-from fourscore.demo.evaluate import distinct_n, measure, positive
+from fourscore.demo.evaluate import measure, positive
 from fourscore.models.forward import sample_scores
 from fourscore.runs.metrics import read_json_lines
 
@@ -25,12 +25,6 @@ SUMMARY = {
     "length_after",
     "train_seconds",
 }
-
-
-def test_distinct_n() -> None:
-    # "a b a b" has pairs ab ba ab, "a c" has ac: 3 different ones of 4.
-    assert distinct_n(["a b A b", "a c"], 2) == pytest.approx(3 / 4)
-    assert distinct_n(["one"], 2) == 0.0
 
 
 def test_measures_by_hand() -> None:

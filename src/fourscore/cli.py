@@ -1,10 +1,9 @@
-"""The command line: `fourscore ppo`, `fourscore plan` and `fourscore demo`.
+"""The command line: `fourscore ppo`, `fourscore plan`, `fourscore eval` and `fourscore demo`.
 
 torch and transformers take seconds to import, so nothing here imports them before it must: `--help` prints a text that
 is kept next to this file, and a typing error in the command name costs no wait.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fourscore import __version__
 from fourscore.errors import FourscoreError
-from fourscore.flags import HELP_FILE, closest, parse_ppo, render_help
+from fourscore.flags import HELP_FILE, FlagParser, closest, parse_ppo, render_help
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
@@ -32,6 +31,7 @@ PPO RLHF: a policy, a reference policy, a reward model and a value model.
 commands:
   ppo         train a policy; without flags, the checkpoints and prompts that ship with fourscore
   plan        say how much memory that takes, and whether it fits; reads no weights
+  eval        compare a trained policy with its reference on held-out prompts
   demo        train the shipped policy for a few seeds and measure it against where it started
 
   --version   print the version
@@ -50,6 +50,30 @@ of safetensors files, the tokenizer and the prompts are read, but no weights; no
   --sharding NAME    none: every process holds all weights; fsdp: each a share (default: what the flags say)
 
 fourscore ppo --help lists the other flags.
+"""
+
+_EVAL_HELP = """\
+usage: fourscore eval RUN [flags]
+       fourscore eval --policy_path PATH [flags]
+
+Complete held-out prompts with a policy and with its reference, and compare the two: scores by each reward, wins, KL,
+lengths, and what a judge of your own says. RUN is the --output_dir of fourscore ppo; its config.yaml names checkpoints,
+prompts, sampling and rewards, and flags of fourscore ppo given here override it. Without a RUN they all are flags:
+--policy_path against --sft_model_path, --reward_model_path, and --eval_dataset_name for the prompts.
+
+  --checkpoint NAME         a checkpoint of the run, such as checkpoint-20 (default: the policy it ended with)
+  --policy_path PATH        the policy, a checkpoint or an adapter, where there is no run
+  --eval_dataset_name NAME  prompts (default: the run's, else the test split of its dataset)
+  --num_generations N       completions of each prompt (default: 1)
+  --temperature X           of the sampling; 0: greedy (default: the run's)
+  --max_prompts N           the first N prompts only
+  --seed N                  of the sampling (default: the run's)
+  --judge PLACE             package.module:name or path/file.py:name, a function that scores completions or prefers
+                            one of two
+  --samples N               pairs to print (default: 5)
+  --json FILE               write all measures, and all pairs to FILE's name with .samples.jsonl
+
+docs/eval.md says what is measured and how a judge is called; fourscore ppo --help lists the other flags.
 """
 
 
@@ -72,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(f"fourscore {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "plan": _plan, "demo": _demo}
+    commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "plan": _plan, "eval": _eval, "demo": _demo}
     try:
         if command not in commands:
             raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
@@ -121,7 +145,7 @@ def _plan(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(_PLAN_HELP, end="")
         return 0
-    own = _PlanParser(add_help=False, allow_abbrev=False)
+    own = FlagParser()
     own.add_argument("--json", action="store_true")
     own.add_argument("--world_size", type=int)
     own.add_argument("--sharding", choices=("none", "fsdp"))
@@ -149,9 +173,17 @@ def _plan(argv: list[str]) -> int:
     return 0
 
 
-class _PlanParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise FourscoreError(message.removeprefix("argument "))
+def _eval(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(_EVAL_HELP, end="")
+        return 0
+    from fourscore.evaluation.command import run
+
+    try:
+        return run(argv)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
 
 
 def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_args: "ModelConfig") -> int:

@@ -104,6 +104,45 @@ def read_prompts(
     return train, held_out
 
 
+def load_held_out(
+    script_args: "ScriptArguments", training_args: "PPOConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> datasets.Dataset:
+    """Read and tokenize the prompts to evaluate on, and none to train on.
+
+    They are `eval_dataset_name`, or else the `dataset_test_split` of `dataset_name`, or else what ships with fourscore.
+
+    Returns:
+        Prompts with the one column `input_ids`.
+
+    Raises:
+        FourscoreError: As for `load_prompts`.
+    """
+    findings = Findings()
+    flag = "dataset_name" if script_args.eval_dataset_name is None else "eval_dataset_name"
+    name = getattr(script_args, flag)
+    dataset = None
+    with findings.collect("" if name is None else f"--{flag} {name}"):
+        dataset = _tokenize(_read_held_out(script_args), script_args, training_args, tokenizer)
+    findings.raise_errors()
+    assert dataset is not None
+    return dataset
+
+
+def _read_held_out(script_args: "ScriptArguments") -> datasets.Dataset:
+    if script_args.eval_dataset_name is not None:
+        return _eval_split(script_args)
+    if script_args.dataset_name is None:
+        return _read_files([demo.PROMPTS_HELDOUT])["train"]
+    splits = _read(script_args.dataset_name, script_args.dataset_config, "--dataset_name")
+    wanted = script_args.dataset_test_split
+    if wanted not in splits and wanted.partition("[")[0] not in splits:
+        raise FourscoreError(
+            f"--dataset_name {script_args.dataset_name}: has no split {wanted} of prompts that were not trained on, "
+            f"only {', '.join(splits)}; name some with --eval_dataset_name"
+        )
+    return _take_split(splits, wanted, "--dataset_test_split")
+
+
 def _tokenize(
     dataset: datasets.Dataset,
     script_args: "ScriptArguments",

@@ -134,10 +134,25 @@ _NO_BREAK = "\N{NO-BREAK SPACE}"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
-def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig]":
+class FlagParser(argparse.ArgumentParser):
+    """The flags that a command has beside those of `fourscore ppo`; raises where argparse prints and exits."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        """Raises a `FourscoreError` of the message."""
+        raise FourscoreError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
+
+
+def parse_ppo(argv: list[str], *, trains: bool = True) -> "tuple[ScriptArguments, PPOConfig, ModelConfig]":
     """Parse the flags of `fourscore ppo`, those of a `--config` file included; flags win over the file.
 
     Without a file, a model or a dataset, the recipe that ships with fourscore is the file.
+
+    Args:
+        argv: the flags.
+        trains: False for a command that only computes: prompts may then be those to evaluate on alone.
 
     Raises:
         FourscoreError: unknown flags or keys, values that do not fit, or flags that do not fit together; a line each.
@@ -152,7 +167,9 @@ def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig
         words = [word.split("=")[0] for word in unknown if word.startswith("--")] or [word]
         raise FourscoreError(*(f"there is no flag {word}{closest(word, flags)}" for word in words))
 
-    starting_points = ("model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name")
+    starting_points = ["model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name"]
+    if not trains:
+        starting_points.append("eval_dataset_name")
     if given.config is None and all(getattr(given, name) is None for name in starting_points):
         given.config = str(demo.RECIPE)
         if os.environ.get("RANK", "0") == "0":
@@ -162,7 +179,7 @@ def parse_ppo(argv: list[str]) -> "tuple[ScriptArguments, PPOConfig, ModelConfig
         given = parser.parse_args(argv)
     findings = Findings()
     with findings.collect():
-        _check_together(given)
+        _check_together(given, trains)
     configs: list[Any] = []
     for dataclass_type in parser.dataclass_types:
         values = {field.name: getattr(given, field.name) for field in fields(dataclass_type) if field.init}
@@ -318,7 +335,7 @@ def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
     return converted
 
 
-def _check_together(given: argparse.Namespace) -> None:
+def _check_together(given: argparse.Namespace, trains: bool) -> None:
     """Refuse flags that leave open which models or prompts are meant: the shipped ones go with each other only."""
     missing = [name for name in ("sft_model_path", "reward_model_path") if getattr(given, name) is None]
     shipped = (None, str(demo.POLICY), str(demo.REWARD))
@@ -331,9 +348,10 @@ def _check_together(given: argparse.Namespace) -> None:
         flags = " and ".join(f"--{name}" for name in missing)
         why = "--model_name_or_path names the tokenizer only" if len(missing) == 2 else f"--{named[-1]} is named"
         raise FourscoreError(f"{flags} must be named too: {why}")
-    if named and given.dataset_name is None:
-        raise FourscoreError("--dataset_name must be named too: the prompts for your models")
-    if (given.load_in_4bit or given.load_in_8bit) and not given.use_peft:
+    if named and given.dataset_name is None and (trains or given.eval_dataset_name is None):
+        flag = "dataset_name" if trains else "eval_dataset_name"
+        raise FourscoreError(f"--{flag} must be named too: the prompts for your models")
+    if trains and (given.load_in_4bit or given.load_in_8bit) and not given.use_peft:
         bits = "4" if given.load_in_4bit else "8"
         raise FourscoreError(f"--load_in_{bits}bit: quantized weights cannot train, add --use_peft")
 

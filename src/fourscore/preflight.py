@@ -78,7 +78,7 @@ def preflight(
         args.resolve_batches(1 if train is None else len(train), args.world_size or 1)
     if train is not None:
         longest = max(longest_prompt(dataset) for dataset in (train, held_out) if dataset is not None)
-        _check_lengths(models, longest, args.response_length, findings)
+        check_lengths(models, longest, args.response_length, findings)
 
     if not writes:
         return Preflight(models, train, held_out, findings)
@@ -92,7 +92,15 @@ def preflight(
     return Preflight(models, train, held_out, findings)
 
 
-def _check_lengths(models: Inspected, longest: int, response_length: int, findings: Findings) -> None:
+def check_lengths(models: Inspected, longest: int, response_length: int, findings: Findings) -> None:
+    """Hold the longest prompt and a full completion against the positions that SFT and reward checkpoint have.
+
+    Args:
+        models: the checkpoints.
+        longest: tokens of the longest prompt.
+        response_length: most tokens of a completion.
+        findings: takes errors and warnings.
+    """
     for checkpoint, role in ((models.sft, "policy"), (models.reward, "reward_model")):
         skeleton = models.skeletons.get(role)
         if checkpoint is None or skeleton is None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from fourscore.evaluation.stats import distinct_n
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -37,7 +39,7 @@ def measure(rows: Sequence[dict[str, Any]]) -> Measures:
     return Measures(
         score=mean(scores),
         score_std=stdev(scores),
-        judge_positive=mean(positive([row["prompt"] + row["completion"] for row in rows])),
+        judge_positive=mean(vader([row["prompt"] for row in rows], [row["completion"] for row in rows])),
         kl=mean(row["kl"] for row in rows),
         distinct_2=distinct_n([row["completion"] for row in rows], 2),
         length=mean(row["completion_length"] for row in rows),
@@ -55,9 +57,11 @@ def positive(texts: Sequence[str]) -> list[bool]:
     return [judge.polarity_scores(text)["compound"] >= 0.05 for text in texts]
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all texts (Li et al. 2016, arXiv 1510.03055); 0 without any."""
-    grams = [
-        tuple(words[i : i + n]) for words in (text.lower().split() for text in texts) for i in range(len(words) - n + 1)
-    ]
-    return len(set(grams)) / len(grams) if grams else 0.0
+def vader(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """A judge for `fourscore eval --judge`: 1 where VADER calls prompt and completion positive, else 0.
+
+    Args:
+        prompts: texts.
+        completions: texts, which go on where the prompts end.
+    """
+    return [float(yes) for yes in positive([p + c for p, c in zip(prompts, completions, strict=True)])]

@@ -63,11 +63,30 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
     unknown = list(result.unexpected_keys)
     missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
     if unknown or missing:
-        raise FourscoreError(
-            f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {(unknown or missing)[0]}); "
-            "give the base model it was trained on"
-        )
+        raise _unfit(adapter, model, (unknown or missing)[0])
     setattr(adapted, _SAVED, tuple(saved))
+    return adapted
+
+
+def add_second_adapter(model: PeftModel, adapter: Adapter) -> PeftModel:
+    """Puts an adapter on top of a frozen one, both active and frozen: the policy as its run's checkpoints keep it.
+
+    Args:
+        model: with the adapter that the second one was trained on; changed in place.
+        adapter: the second one's folder and config.
+
+    Raises:
+        FourscoreError: the adapter is of another model.
+    """
+    config: Any = copy.deepcopy(adapter.config)
+    config.inference_mode = False
+    _without_dropout(config)
+    adapted = _on_top(model, config)
+    state = load_peft_weights(adapter.path, device="cpu", revision=adapter.revision)
+    result = set_peft_model_state_dict(adapted, state, adapter_name="default")
+    if result.unexpected_keys:
+        raise _unfit(adapter, model, result.unexpected_keys[0])
+    freeze(adapted)
     return adapted
 
 
@@ -261,6 +280,13 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
         shutil.rmtree(folder / name)
     save_file(joint | whole, places[trained] / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(places[trained])
+
+
+def _unfit(adapter: Adapter, model: nn.Module, key: str) -> FourscoreError:
+    return FourscoreError(
+        f"adapter {adapter.path}: does not fit {type(model).__name__} (such as {key}); "
+        "give the base model it was trained on"
+    )
 
 
 def _is_up(part: str) -> bool:

@@ -78,15 +78,18 @@ def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> tuple
     return sft, reward
 
 
-def inspect_models(model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings) -> Inspected:
+def inspect_models(
+    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings, *, trains: bool = True
+) -> Inspected:
     """What `check_models` and `check_vocabulary` do, with the tokenizer loaded and every error noted.
 
     Args:
         model_args: which checkpoints, and how they are to be loaded.
         training_args: their paths, and what trains.
         findings: takes errors and warnings.
+        trains: False where the models are to compute only, so that nothing has to be fit to train.
     """
-    sft, reward, skeletons = _inspect_pair(model_args, training_args, findings)
+    sft, reward, skeletons = _inspect_pair(model_args, training_args, findings, trains)
     tokenizer = None
     source = model_args.model_name_or_path or (None if sft is None else tokenizer_place(sft))
     if source is not None:
@@ -106,9 +109,9 @@ def inspect_models(model_args: "ModelConfig", training_args: "PPOConfig", findin
 
 
 def _inspect_pair(
-    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings
+    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings, trains: bool = True
 ) -> tuple[Checkpoint | None, Checkpoint | None, dict[str, nn.Module]]:
-    check_quantization(model_args, training_args, findings)
+    check_quantization(model_args, training_args, findings, trains)
     on_cpu = training_args.use_cpu or not torch.accelerator.is_available()
     model_args = _usable_attention(model_args, on_cpu, findings)
     sft = find_checkpoint("--sft_model_path", str(training_args.sft_model_path), model_args, findings)
@@ -122,14 +125,16 @@ def _inspect_pair(
         with findings.collect():
             check_policy(sft)
             skeletons["policy"] = build_skeleton(sft, AutoModelForCausalLM, model_args)
-            _check_adapter_fits(sft, skeletons["policy"])
+            check_adapter_fits(sft, skeletons["policy"])
     if reward is not None:
         with findings.collect():
             _check_reward_type(reward)
             with findings.collect():
                 check_reward(reward, model_args.allow_untrained_reward_head)
             skeletons["reward_model"] = build_skeleton(reward, AutoModelForSequenceClassification, model_args)
-            _check_adapter_fits(reward, skeletons["reward_model"])
+            check_adapter_fits(reward, skeletons["reward_model"])
+    if not trains:
+        return sft, reward, skeletons
     _check_freeze_layers(model_args, training_args, [c for c in (sft, reward) if c is not None], findings)
     for checkpoint, full in ((sft, False), (reward, training_args.value_training == "full")):
         if checkpoint is not None:
@@ -141,16 +146,18 @@ def _inspect_pair(
     return sft, reward, skeletons
 
 
-def check_quantization(model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings) -> None:
-    """Refuses 4 and 8 bits where nothing could be trained on top."""
+def check_quantization(
+    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings, trains: bool = True
+) -> None:
+    """Refuses 4 and 8 bits where nothing could be trained on top, or bitsandbytes is missing."""
     flag = "--load_in_4bit" if model_args.load_in_4bit else "--load_in_8bit" if model_args.load_in_8bit else None
     if flag is None:
         return
-    if not model_args.use_peft:
+    if trains and not model_args.use_peft:
         findings.error(f"{flag}: quantized weights cannot be trained; add --use_peft to train adapters on them")
-    if training_args.value_training == "full":
+    if trains and training_args.value_training == "full":
         findings.error(f"--value_training full with {flag}: quantized weights cannot be trained; use adapter")
-    if training_args.fsdp:
+    if trains and training_args.fsdp:
         findings.error(f"--fsdp with {flag}: FSDP cannot shard quantized weights; leave out one of the two")
     if importlib.util.find_spec("bitsandbytes") is None:
         findings.error(f"{flag} needs bitsandbytes: pip install 'fourscore[quantization]'")
@@ -440,7 +447,7 @@ def _check_default_targets(checkpoint: Checkpoint, model: nn.Module) -> None:
         )
 
 
-def _check_adapter_fits(checkpoint: Checkpoint, model: nn.Module) -> None:
+def check_adapter_fits(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Refuses an adapter whose weights have no place in its base."""
     if checkpoint.adapter is None:
         return

@@ -9,6 +9,9 @@ from fourscore.config import ModelConfig, PPOConfig
 from fourscore.models.checkpoint import Adapter, Checkpoint
 
 Storage = Literal["mapped", "converted", "quantized", "device"]
+SFT_ADAPTER = "sft"
+"""Name of an SFT checkpoint's adapter below the one that trains, and of its folder in a run's checkpoints."""
+
 Trains = Literal["everything", "adapter", "head", "nothing"]
 
 
@@ -108,7 +111,7 @@ def decide_layout(
     if not one:
         backbones[names[1]] = backbone(reward, reward_merged)
 
-    under_policy = "sft" if sft.adapter is not None and not sft_merged else None
+    under_policy = SFT_ADAPTER if sft.adapter is not None and not sft_merged else None
     under_value = "reward" if reward.adapter is not None and not reward_merged else None
     roles: dict[str, RoleLayout] = {}
     frozen = 0 if peft else training_args.freeze_layers

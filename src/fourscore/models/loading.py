@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,18 @@ from fourscore.models.adapters import (
     HEAD,
     add_frozen_adapter,
     add_policy_adapter,
+    add_second_adapter,
     add_value_adapter,
     freeze,
     merge_adapter,
     train_in_fp32,
 )
-from fourscore.models.checkpoint import Checkpoint, safetensors_files
+from fourscore.models.checkpoint import Adapter, Checkpoint, safetensors_files
 from fourscore.models.checks import Inspected, has_score, inspect_models, untrained_head_message
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
-from fourscore.models.layout import Backbone, Layout, decide_layout
+from fourscore.models.layout import SFT_ADAPTER, Backbone, Layout, decide_layout, frozen_dtype
 from fourscore.models.quantized import stay_trainable
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
@@ -165,6 +166,71 @@ def load_models(
         if dropout := disable_dropout(model):
             logger.info("%s: dropout set to 0 in %d places", name, len(dropout))
     return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A causal LM that is to compute only.
+
+    Attributes:
+        checkpoint: a whole model, or an adapter with its base.
+        dtype: of the weights.
+        on_top: a second adapter, which was trained on the checkpoint's own.
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    on_top: Adapter | None = None
+
+
+def load_frozen(
+    policies: Sequence[Frozen], reward: Checkpoint | None, model_args: ModelConfig, training_args: PPOConfig
+) -> tuple[list[nn.Module], nn.Module | None]:
+    """Loads models of which nothing trains: equal weights are read and held once.
+
+    On a CPU, weights whose file has the dtype asked for stay mapped from it. Adapters are never merged, so models whose
+    checkpoints are adapters of one base, or an adapter and its base, stand on that base together.
+
+    Args:
+        policies: the causal LMs.
+        reward: a sequence classifier with one label, or None.
+        model_args: dtype of the reward model, attention, quantization.
+        training_args: the device.
+
+    Returns:
+        the causal LMs, and the reward model if one was asked for.
+
+    Raises:
+        FourscoreError: a checkpoint cannot be loaded, or an adapter does not fit.
+    """
+    device_map = _device_map(model_args, training_args)
+    bases: dict[tuple[Any, ...], nn.Module] = {}
+    models: list[nn.Module] = []
+    for wanted in policies:
+        checkpoint = wanted.checkpoint
+        key = (checkpoint.identity, checkpoint.config.model_type, wanted.dtype)
+        if key not in bases:
+            bases[key] = _reader(checkpoint, AutoModelForCausalLM, model_args, device_map)(wanted.dtype)
+            freeze(bases[key])
+        model: Any = clone_sharing(bases[key])
+        if checkpoint.adapter is not None:
+            model = add_frozen_adapter(model, checkpoint.adapter, SFT_ADAPTER)
+        if wanted.on_top is not None:
+            model = add_second_adapter(model, wanted.on_top)
+        models.append(model.eval())
+    if reward is None:
+        return models, None
+    dtype = frozen_dtype(reward, model_args)
+    base = bases.get((reward.identity, reward.config.model_type, dtype))
+    if base is not None:
+        reward_model = _classifier_on(base, reward, _head(reward, model_args), model_args)
+    else:
+        reward_model = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)(dtype)
+    freeze(reward_model)
+    if reward.adapter is not None:
+        reward_model = add_frozen_adapter(reward_model, reward.adapter, "reward")
+    score_head(reward_model)
+    return models, reward_model.eval()
 
 
 def _on_cpu(training_args: PPOConfig) -> bool:

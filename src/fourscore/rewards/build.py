@@ -28,17 +28,32 @@ def build_scorer(args: Any, roles: Roles, reward_funcs: Any, parallel: Parallel)
     Raises:
         FourscoreError: there is none, or one of them cannot be had.
     """
-    rewards: list[Reward] = []
+    size = args.local_rollout_forward_batch_size
+    model = None
     if roles.reward_model is not None:
-        size = args.local_rollout_forward_batch_size
-        rewards.append(TokenModel(lambda experience: scores_of(roles, experience, size)))
+        model = TokenModel(lambda experience: scores_of(roles, experience, size))
+    return Scorer(build_rewards(args, model, reward_funcs), args.reward_weights, Shaping.of(args), parallel)
+
+
+def build_rewards(args: Any, model: TokenModel | None, reward_funcs: Any = None) -> list[Reward]:
+    """The sources that flags name, in the order of their weights.
+
+    Args:
+        args: `PPOConfig`.
+        model: the reward model, if there is one.
+        reward_funcs: beside those of `args`: one or a list of functions and strings; or None.
+
+    Raises:
+        FourscoreError: one of them cannot be had.
+    """
+    rewards: list[Reward] = [] if model is None else [model]
     given = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     findings = Findings()
     for each in [*(args.reward_funcs or ()), *given]:
         with findings.collect():
             rewards.append(_reward(each))
     findings.raise_errors()
-    return Scorer(rewards, args.reward_weights, Shaping.of(args), parallel)
+    return rewards
 
 
 def _reward(given: str | Callable[..., Any]) -> Reward:
