@@ -207,7 +207,7 @@ def test_judges_that_will_not_do(judges: Path) -> None:
 FLAGS = """
     --max_steps 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --response_length 8
     --learning_rate 0.01 --save_steps 2 --seed 3 --eval_strategy steps --eval_steps 2 --num_sample_generations 0
-    --report_to none --use_cpu --disable_tqdm true
+    --report_to none --use_cpu --disable_tqdm true --ema_decay 0.5
 """
 KINDS = ("full", "lora", "lora on an adapter", "full from an adapter")
 PROMPTS = ["the movie", "a film is", "this", "good acting and", "it was a plot", "the story", "a warm", "I did not"]
@@ -278,6 +278,12 @@ def test_a_run_is_measured_as_its_trainer_did(runs, kind: str, tmp_path: Path, c
         found["rewards"]["reward_model"]["difference"]["value"], rel=1e-4
     )
     assert before["kl"]["mean"] == pytest.approx(found["kl"]["mean"], rel=1e-3)
+
+
+def test_the_moving_average_is_nearer_to_the_reference(runs, tmp_path: Path) -> None:
+    found = evaluate(tmp_path, runs["lora on an adapter"], "--checkpoint", "policy_ema", "--num_generations", 4)
+    last = evaluate(tmp_path, runs["lora on an adapter"], "--num_generations", 4)
+    assert 0.01 < found["kl"]["mean"] < last["kl"]["mean"]
 
 
 def test_the_numbers_are_those_of_the_samples(runs, judges: Path, tmp_path: Path) -> None:

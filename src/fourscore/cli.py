@@ -61,7 +61,8 @@ lengths, and what a judge of your own says. RUN is the --output_dir of fourscore
 prompts, sampling and rewards, and flags of fourscore ppo given here override it. Without a RUN they all are flags:
 --policy_path against --sft_model_path, --reward_model_path, and --eval_dataset_name for the prompts.
 
-  --checkpoint NAME         a checkpoint of the run, such as checkpoint-20 (default: the policy it ended with)
+  --checkpoint NAME         a checkpoint of the run, such as checkpoint-20, or policy_ema, its moving average
+                            (default: the policy it ended with)
   --policy_path PATH        the policy, a checkpoint or an adapter, where there is no run
   --eval_dataset_name NAME  prompts (default: the run's, else the test split of its dataset)
   --num_generations N       completions of each prompt (default: 1)
