@@ -1,6 +1,7 @@
 """fourscore's pipeline against an independent padded-and-masked PPO, number by number, in float64."""
 
 import copy
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import fourscore.ppo.update as update_module
 from fourscore.config import PPOConfig
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, reference
 from fourscore.parallel import Parallel
-from fourscore.ppo.advantages import gae, kl_estimate, shaped_rewards, whiten
+from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.scoring import logprobs_of, values_of
 from fourscore.ppo.trainer import PPOTrainer
@@ -131,11 +132,16 @@ def score_and_shape(models: Four, e: Experience, hyper: Hyper, batch_size: int, 
     with torch.no_grad():
         e.scores = score(models.reward_model, e, batch_size)
     e.kl = kl_estimate(e.logprobs, e.ref_logprobs, hyper.kl_estimator)  # type: ignore[arg-type]
-    e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, hyper.kl_coef)
+    e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, 0.0 if hyper.use_kl_loss else hyper.kl_coef)
     if hyper.whiten_rewards:
         e.rewards = whiten(e.rewards, shift_mean=False, reduce=reduce)
-    advantages, e.returns = gae(e.rewards, e.values, e.completion_lens, hyper.gamma, hyper.lam)
-    e.advantages = whiten(advantages, reduce=reduce)
+    lam: Any = hyper.lam
+    if hyper.lam_alpha:
+        lam = length_adaptive_lambda(e.completion_lens, hyper.lam_alpha, torch.float64)
+    advantages, e.returns = gae(e.rewards, e.values, e.completion_lens, hyper.gamma, lam)
+    if hyper.lam_value is not None:
+        e.returns = gae(e.rewards, e.values, e.completion_lens, hyper.gamma, hyper.lam_value)[1]
+    e.advantages = whiten(advantages, reduce=reduce) if hyper.whiten_advantages else advantages
     return e
 
 
@@ -149,6 +155,17 @@ def settings(hyper: Hyper, *, epochs: int = 2, minibatch: int = 7, microbatch: i
         cliprange_value=hyper.cliprange_value,
         vf_coef=hyper.vf_coef,
         max_grad_norm=hyper.max_grad_norm,
+        value_max_grad_norm=hyper.value_max_grad_norm,
+        cliprange_high=hyper.cliprange_high,
+        dual_clip=hyper.dual_clip,
+        kl_coef=hyper.kl_coef if hyper.use_kl_loss else 0.0,
+        kl_estimator=hyper.kl_estimator,  # type: ignore[arg-type]
+        entropy_coef=hyper.entropy_coef,
+        positive_lm_coef=hyper.positive_lm_coef,
+        positive_lm_threshold=hyper.positive_lm_threshold,
+        loss_aggregation=hyper.loss_aggregation,  # type: ignore[arg-type]
+        early_stop_kl=hyper.early_stop_kl if hyper.early_stop_kl < math.inf else None,
+        value_only=hyper.value_only,
     )
 
 
@@ -192,6 +209,16 @@ CASES = {
     "k3": ({"kl_estimator": "k3"}, 4, 2),
     "discount and temperature": ({"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "kl_coef": 0.3}, 7, 4),
     "tight clipping": ({"cliprange": 0.01, "cliprange_value": 0.02, "vf_coef": 0.5}, 4, 2),
+    "asymmetric clipping": ({"cliprange": 0.002, "cliprange_high": 0.01}, 4, 2),
+    "dual clip": ({"cliprange": 0.002, "dual_clip": 1.003}, 4, 2),
+    "k1 in the loss": ({"use_kl_loss": True, "kl_coef": 0.5}, 4, 2),
+    "k3 in the loss": ({"use_kl_loss": True, "kl_coef": 0.5, "kl_estimator": "k3"}, 4, 3),
+    "entropy": ({"entropy_coef": 0.3, "temperature": 0.7}, 4, 2),
+    "mean over samples": ({"loss_aggregation": "sequence", "use_kl_loss": True, "entropy_coef": 0.1}, 4, 3),
+    "positive samples": ({"positive_lm_coef": 0.5, "positive_lm_threshold": 0.3}, 4, 2),
+    "lambda by length": ({"lam_alpha": 0.5, "lam_value": 1.0, "gamma": 0.95}, 7, 3),
+    "advantages as they are": ({"whiten_advantages": False}, 7, 3),
+    "clipping of each": ({"max_grad_norm": 0.5, "value_max_grad_norm": 0.05}, 7, 3),
 }
 
 
@@ -236,7 +263,68 @@ def test_pipeline_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatc
     assert metrics["val/ratio_var"] == pytest.approx(ratios.var().item(), rel=1e-6, abs=1e-14)
     if case == "tight clipping":
         assert metrics["policy/clipfrac_avg"] > 0 and metrics["val/clipfrac_avg"] > 0
+    if case in ("asymmetric clipping", "dual clip"):
+        symmetric = run_reference(start.copy(), minibatch_order(7, 2, 4, seed=11), Hyper(cliprange=0.002))
+        assert abs(symmetric.steps[-1]["loss/policy_avg"] - expected.steps[-1]["loss/policy_avg"]) > 1e-6
+    if case == "positive samples":
+        assert 0 < (expected.scores > 0.3).sum() < 7
+    assert metrics["policy/epochs"] == 2
+    assert metrics["policy/first_ratio_mean"] < 1e-12 and metrics["policy/first_ratio_max"] < 1e-12
     assert_same_weights(ours, theirs, moved_from=start)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["an optimizer each", "one optimizer"])
+def test_early_stop_ends_the_epochs_of_the_policy_alone(joint: bool) -> None:
+    hyper, start = Hyper(learning_rate=1e-3), four_models()
+    order = minibatch_order(7, 4, 4, seed=2)
+    free = [step["policy/approxkl_avg"] for step in run_reference(start.copy(), order, hyper).steps]
+    hyper = replace(hyper, early_stop_kl=1.01 * max(free[:3]))
+    assert max(free) > hyper.early_stop_kl, "the distance does not grow: there is nothing to stop at"
+    ours, theirs = start.copy(), start.copy()
+    expected = run_reference(theirs, order, hyper)
+    e = score_and_shape(ours, samples(), hyper, batch_size=7)
+    optimizers = adamw_each(ours, hyper)
+    if joint:
+        optimizers = {
+            "policy": adamw(nn.ParameterList([*ours.policy.parameters(), *ours.value_model.parameters()]), hyper)
+        }
+    plan = settings(hyper, epochs=4, minibatch=4, microbatch=2)
+    generator = torch.Generator().manual_seed(2)
+    metrics = update(ours.policy, ours.value_model, e, plan, optimizers, ALONE, generator, nullcontext)
+    assert 0 < expected.taken["policy"] < 8 and expected.taken["value"] == 8
+    assert metrics["policy/epochs"] == expected.taken["policy"] / 2
+    seen = [step["policy/approxkl_avg"] for step in expected.steps if "policy/approxkl_avg" in step]
+    assert len(seen) == expected.taken["policy"] + 1 and seen[-1] > hyper.early_stop_kl  # type: ignore[operator]
+    assert metrics["policy/approxkl_avg"] == pytest.approx(sum(seen) / len(seen), rel=1e-9)
+    assert_same_weights(ours, theirs, moved_from=start)
+
+
+@pytest.mark.parametrize(("share", "epochs"), [(0.999, 1), (1.001, 2)])
+def test_early_stop_is_one_decision_of_all_processes(share: float, epochs: int) -> None:
+    """The limit is next to the mean over both, far from that of either."""
+    hyper, start = Hyper(learning_rate=1e-3), four_models()
+    halves = [torch.tensor([0, 1, 3, 5]), torch.tensor([2, 4, 6])]
+    distances = [step["policy/approxkl_avg"] for step in run_reference(start.copy(), 3 * [list(range(7))], hyper).steps]
+    limit = share * distances[1]
+    assert distances[2] > 1.1 * distances[1]
+
+    def run(models: Four, e: Experience, parallel: Parallel, limit: float) -> dict[str, float]:
+        score_and_shape(models, e, hyper, batch_size=3, reduce=parallel.sum)
+        plan = replace(settings(hyper, epochs=3, minibatch=len(e), microbatch=2), early_stop_kl=limit)
+        generator = torch.Generator().manual_seed(0)
+        return update(
+            models.policy, models.value_model, e, plan, adamw_each(models, hyper), parallel, generator, nullcontext
+        )
+
+    alone, copies, group = start.copy(), [start.copy(), start.copy()], Together(2)
+    expected = run(alone, samples(), ALONE, limit)
+    assert expected["policy/epochs"] == epochs
+    got = group.run(lambda rank: run(copies[rank], samples().select(halves[rank]), OneOfTwo(group, rank), limit))
+    for models, metrics in zip(copies, got, strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        for role in ("policy", "value_model"):
+            for ours, theirs in zip(getattr(models, role).parameters(), getattr(alone, role).parameters(), strict=True):
+                assert_close(ours, theirs, **TIGHT)
 
 
 def lora_models() -> Four:
@@ -293,7 +381,30 @@ def test_lora_moves_the_value_head() -> None:
 # ------------------------------------------------------------------ properties
 
 
-def gradients(models: Four, e: Experience, microbatch: int, parallel: Any = ALONE) -> dict[str, Tensor]:
+ALL_TERMS = Hyper(vf_coef=0.7, max_grad_norm=0.0)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "asymmetric and dual clip": {"cliprange": 0.002, "cliprange_high": 0.004, "dual_clip": 1.006},
+    "entropy": {"entropy_coef": 0.3},
+    "KL loss": {"use_kl_loss": True, "kl_coef": 0.4, "kl_estimator": "k3"},
+    "positive samples": {"positive_lm_coef": 0.5, "positive_lm_threshold": 0.3},
+    "mean over samples of all terms": {
+        "loss_aggregation": "sequence",
+        "cliprange_high": 0.3,
+        "dual_clip": 3.0,
+        "entropy_coef": 0.1,
+        "use_kl_loss": True,
+        "positive_lm_coef": 0.5,
+        "positive_lm_threshold": 0.3,
+        "lam_alpha": 0.5,
+        "lam_value": 1.0,
+    },
+}
+
+
+def gradients(
+    models: Four, e: Experience, microbatch: int, parallel: Any = ALONE, hyper: Hyper = ALL_TERMS
+) -> dict[str, Tensor]:
     """Gradients of one minibatch: what plain gradient descent with rate 1 takes away."""
     named = {
         f"{role}.{name}": p
@@ -302,7 +413,7 @@ def gradients(models: Four, e: Experience, microbatch: int, parallel: Any = ALON
         if p.requires_grad
     }
     before = {name: p.detach().clone() for name, p in named.items()}
-    one = replace(settings(Hyper(vf_coef=0.7, max_grad_norm=0.0)), epochs=1, minibatch=len(e), microbatch=microbatch)
+    one = replace(settings(hyper), epochs=1, minibatch=len(e), microbatch=microbatch)
     sgd = {
         "policy": torch.optim.SGD(models.policy.parameters(), lr=1.0),
         "value": torch.optim.SGD(models.value_model.parameters(), lr=1.0),
@@ -316,31 +427,41 @@ def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -
         assert_close(got[name], gradient, rtol=1e-9, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.fixture(scope="module")
-def scored() -> tuple[Four, Experience, dict[str, Tensor]]:
-    """Models that have moved since the rollout, so that ratios differ from 1; samples; their gradient."""
-    models = four_models()
-    e = score_and_shape(models, samples(), Hyper(), batch_size=7)
+def moved_since(models: Four) -> Four:
+    """The models after some steps, so that ratios differ from 1."""
     generator = torch.Generator().manual_seed(9)
     for model in (models.policy, models.value_model):
         for parameter in model.parameters():
             parameter.data += 0.003 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    whole = gradients(models.copy(), e, microbatch=7)
+    return models
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def scored(request: pytest.FixtureRequest) -> tuple[Four, Experience, Hyper, dict[str, Tensor]]:
+    """Models that have moved since the rollout; samples; the options; the gradient of all samples at once."""
+    hyper = replace(ALL_TERMS, **OPTIONS[request.param])
+    models = four_models()
+    e = score_and_shape(models, samples(), hyper, batch_size=7)
+    moved_since(models)
+    whole = gradients(models.copy(), e, microbatch=7, hyper=hyper)
     assert all(g.abs().max() > 0 for g in whole.values())
-    return models, e, whole
+    if request.param != "plain":
+        plain = gradients(models.copy(), e, microbatch=7)
+        name = "policy.lm_head.weight"
+        assert (whole[name] - plain[name]).abs().max() > 1e-5, "the option does nothing"
+    return models, e, hyper, whole
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 3, 4])
+@pytest.mark.parametrize("microbatch", [1, 2, 4])
 def test_gradient_does_not_depend_on_the_microbatch_size(scored: Any, microbatch: int) -> None:
-    models, e, whole = scored
-    assert_same_gradients(gradients(models.copy(), e, microbatch), whole)
+    models, e, hyper, whole = scored
+    assert_same_gradients(gradients(models.copy(), e, microbatch, hyper=hyper), whole)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_gradient_does_not_depend_on_the_order_of_samples(scored: Any, seed: int) -> None:
-    models, e, whole = scored
-    shuffled = e.select(torch.randperm(7, generator=torch.Generator().manual_seed(seed)))
-    assert_same_gradients(gradients(models.copy(), shuffled, microbatch=2), whole)
+def test_gradient_does_not_depend_on_the_order_of_samples(scored: Any) -> None:
+    models, e, hyper, whole = scored
+    shuffled = e.select(torch.randperm(7, generator=torch.Generator().manual_seed(1)))
+    assert_same_gradients(gradients(models.copy(), shuffled, microbatch=2, hyper=hyper), whole)
 
 
 def test_gradients_of_policy_and_value_model_are_never_held_together() -> None:
@@ -399,24 +520,45 @@ class OneOfTwo(Parallel):
             parameter.grad = self.group.sum(parameter.grad)
 
 
-@pytest.mark.parametrize("first", [[0], [0, 1, 2], [2, 4, 6, 5]])
+@pytest.mark.parametrize("first", [[0], [2, 4, 6, 5]])
 def test_gradient_does_not_depend_on_the_split_over_two_processes(scored: Any, first: list[int]) -> None:
-    models, e, whole = scored
+    models, e, hyper, whole = scored
     halves = [first, [i for i in range(7) if i not in first]]
     group = Together(2)
     copies = [models.copy(), models.copy()]
 
     def work(rank: int) -> dict[str, Tensor]:
         part = e.select(torch.tensor(halves[rank]))
-        return gradients(copies[rank], part, 2, OneOfTwo(group, rank))
+        return gradients(copies[rank], part, 2, OneOfTwo(group, rank), hyper)
 
     for got in group.run(work):
         assert_same_gradients(got, whole)
 
 
+def test_the_loss_of_a_process_without_a_positive_sample() -> None:
+    """Its share of the language model loss is 0, not 0 / 0."""
+    hyper = replace(ALL_TERMS, positive_lm_coef=0.5, positive_lm_threshold=100.0)
+    models = four_models()
+    e = score_and_shape(models, samples(), hyper, batch_size=7)
+    moved_since(models)
+    none = gradients(models.copy(), e, microbatch=3, hyper=hyper)
+    assert_same_gradients(none, gradients(models.copy(), e, microbatch=3))
+
+
 def test_whole_update_on_two_processes_equals_one() -> None:
     """Scores, whitening, losses, metrics and AdamW: ragged halves of a batch against the whole of it."""
-    hyper = Hyper(whiten_rewards=True, cliprange=0.02)
+    hyper = Hyper(
+        whiten_rewards=True,
+        cliprange=0.02,
+        cliprange_high=0.03,
+        dual_clip=1.5,
+        loss_aggregation="sequence",
+        use_kl_loss=True,
+        entropy_coef=0.1,
+        positive_lm_coef=0.2,
+        lam_alpha=0.5,
+        lam_value=1.0,
+    )
     start = four_models()
     alone, copies = start.copy(), [start.copy(), start.copy()]
 
@@ -459,7 +601,50 @@ TRAINER_CASES: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.5,
     },
     "lora": {"num_mini_batches": 2},
+    "vapo": {
+        "preset": "vapo",
+        "value_warmup_updates": 1,
+        "value_learning_rate": 3e-4,
+        "value_max_grad_norm": 0.2,
+        "num_mini_batches": 2,
+        "positive_lm_threshold": 0.3,
+        "lam_alpha": 0.5,
+    },
+    "KL loss, adaptive": {
+        "use_kl_loss": True,
+        "kl_coef": 0.5,
+        "kl_target": 0.7,
+        "kl_horizon": 12,
+        "entropy_coef": 0.1,
+        "loss_aggregation": "sequence",
+        "cliprange_high": 0.3,
+        "dual_clip": 3.0,
+        "whiten_advantages": False,
+        "value_lr_scheduler_type": "constant",
+    },
+    "KL reward, adaptive": {
+        "kl_coef": 0.5,
+        "kl_target": 100.0,
+        "kl_horizon": 12,
+        "early_stop_kl": 1e-4,
+        "vf_coef": 1.0,
+    },
 }
+
+
+def assert_same_value_metrics(row: dict[str, Any], e: Experience, expected: Reference) -> None:
+    real, errors, thirds = [], [], {"first": [], "middle": [], "last": []}  # type: ignore[var-annotated]
+    for b, length in enumerate(e.completion_lens.tolist()):
+        for t in range(length):
+            real.append(expected.monte_carlo[b, t].item())
+            errors.append((expected.values[b, t] - expected.monte_carlo[b, t]).item())
+            thirds["first" if 3 * t + 1.5 < length else "middle" if 3 * t + 1.5 < 2 * length else "last"].append(
+                errors[-1]
+            )
+    variance = lambda xs: sum((x - sum(xs) / len(xs)) ** 2 for x in xs)  # noqa: E731
+    assert row["value/explained_variance"] == pytest.approx(1 - variance(errors) / variance(real), rel=1e-8)
+    for name, part in thirds.items():
+        assert row[f"value/bias_{name}"] == pytest.approx(sum(part) / len(part), rel=1e-8), name
 
 
 @pytest.mark.parametrize("case", TRAINER_CASES)
@@ -507,10 +692,12 @@ def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: py
     assert len(rows) == len(drawn) == 3
 
     updates: list[Reference] = []
+    kl_coef, warmup = args.kl_coef, args.value_warmup_updates
     for k, (e, row) in enumerate(zip(drawn, rows, strict=True)):
+        falling = 1 - max(0, k - warmup) / (3 - warmup)
         hyper = Hyper(
             temperature=args.temperature,
-            kl_coef=args.kl_coef,
+            kl_coef=kl_coef,
             kl_estimator=args.kl_estimator,
             missing_eos_penalty=args.missing_eos_penalty or 0.0,
             whiten_rewards=args.whiten_rewards,
@@ -520,7 +707,22 @@ def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: py
             cliprange_value=args.cliprange_value,
             vf_coef=args.vf_coef,
             max_grad_norm=args.max_grad_norm,
-            learning_rate=2e-4 * (1 - k / 3),
+            learning_rate=2e-4 * falling,
+            value_learning_rate=args.value_learning_rate
+            * (1.0 if args.value_lr_scheduler_type == "constant" else 1 - k / 3),
+            value_max_grad_norm=args.value_max_grad_norm,
+            cliprange_high=args.cliprange_high,
+            dual_clip=args.dual_clip,
+            use_kl_loss=args.use_kl_loss,
+            entropy_coef=args.entropy_coef,
+            loss_aggregation=args.loss_aggregation,
+            positive_lm_coef=args.positive_lm_coef,
+            positive_lm_threshold=args.positive_lm_threshold,
+            lam_value=args.lam_value,
+            lam_alpha=args.lam_alpha,
+            whiten_advantages=args.whiten_advantages,
+            early_stop_kl=args.early_stop_kl or math.inf,
+            value_only=k < warmup,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
@@ -530,7 +732,9 @@ def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: py
         updates.append(expected)
         assert_same_experience(e, expected)
         n, close = len(e), {"rel": 1e-8, "abs": 1e-10}
-        assert row["lr"] == pytest.approx(hyper.learning_rate)
+        assert row["lr"] == pytest.approx(0.0 if hyper.value_only else hyper.learning_rate)
+        assert row["value/lr"] == pytest.approx(hyper.value_learning_rate)
+        assert row["objective/kl_coef"] == pytest.approx(kl_coef, **close)
         assert row["objective/kl"] == pytest.approx(expected.kl.sum().item() / n, **close)
         assert row["objective/entropy"] == pytest.approx(-expected.logprobs.sum().item() / n, **close)
         assert row["objective/scores"] == pytest.approx(expected.scores.mean().item(), **close)
@@ -538,7 +742,13 @@ def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: py
         assert row["objective/non_score_reward"] == pytest.approx(shaping, **close)
         assert row["objective/rlhf_reward"] == pytest.approx(expected.scores.mean().item() + shaping, **close)
         for name in expected.steps[0]:
-            mean = sum(step[name] for step in expected.steps) / len(expected.steps)
-            assert row[name] == pytest.approx(mean, **close), name
+            seen = [step[name] for step in expected.steps if name in step]
+            assert row[name] == pytest.approx(sum(seen) / len(seen), **close), name
+        assert_same_value_metrics(row, e, expected)
+        assert any(name.startswith("policy/") for name in row) != hyper.value_only
+        if args.kl_target is not None:
+            error = expected.kl.sum().item() / n / args.kl_target - 1
+            kl_coef *= 1 + max(-0.2, min(0.2, error)) * 6 / args.kl_horizon
+    assert args.kl_target is None or kl_coef != pytest.approx(args.kl_coef)
     assert len({tuple(map(tuple, e.prompts())) for e in drawn}) == 3
     assert_same_weights(Four(trainer.model, None, None, trainer.value_model), theirs, moved_from=start)
