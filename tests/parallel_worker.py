@@ -14,6 +14,25 @@ from fourscore.rollout.transformers import generate
 
 PROMPTS = ["the film", "a", "this was a good movie and", "the acting", "it is", "plot", "bad bad bad", "so fine a film"]
 
+OPTIONS = {
+    "use_kl_loss": True,
+    "kl_target": 0.5,
+    "kl_horizon": 8,
+    "cliprange_high": 0.3,
+    "dual_clip": 3.0,
+    "entropy_coef": 0.05,
+    "loss_aggregation": "sequence",
+    "positive_lm_coef": 0.1,
+    "lam_alpha": 0.5,
+    "lam_value": 1.0,
+    "value_learning_rate": 5e-4,
+    "value_max_grad_norm": 0.5,
+    "early_stop_kl": 1.0,
+    "stop_on_ratio": True,
+    "ema_decay": 0.5,
+}
+"""Of the algorithm, all that there are."""
+
 
 def fixed_completions(policy, prompts, sampling, *, synced=False):
     """Completions that follow from the prompt alone, of very unequal lengths."""
@@ -46,6 +65,7 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, kind: str) -
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        **(OPTIONS if kind == "options" else {}),
     )
     models = load_models(ModelConfig(use_peft=kind == "lora"), args)
     return PPOTrainer(
@@ -84,6 +104,8 @@ def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
     result = trainer.train().metrics
     trainer.save_model()
     check_sharing(trainer)
+    if kind == "options":
+        assert result["objective/kl_coef"] != trainer.args.kl_coef
 
     # Weights, optimizers and schedules come back as they were: the second update is the same one again.
     resumed = make_trainer(out, world_size, sft, reward, kind)

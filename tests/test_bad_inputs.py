@@ -209,6 +209,32 @@ ROWS = {
             "--lr_scheduler_type reduce_lr_on_plateau: follows an evaluation loss, which PPO lacks: try linear",
         ),
         row(
+            "a schedule of the value model that does not exist",
+            "--value_lr_scheduler_type falling",
+            "--value_lr_scheduler_type falling: must be one of linear, cosine, ...",
+        ),
+        row(
+            "a target for a KL coefficient of 0",
+            "--kl_target 6 --kl_coef 0",
+            "--kl_target 6.0: a --kl_coef of 0 cannot adapt; give one above 0, or drop it",
+        ),
+        row(
+            "a KL coefficient that would jump",
+            "--kl_target 6 --kl_horizon 2",
+            "--kl_horizon 2: is below the 4 samples of an update, so that kl_coef would jump; raise it",
+        ),
+        row(
+            "a run in which the policy would never learn",
+            "--value_warmup_updates 5 --max_steps 5",
+            "--value_warmup_updates 5: the run has 5 updates, so the policy would never learn; lower it (0 is none), "
+            "or make the run longer",
+        ),
+        row(
+            "updates for a value model that does not learn",
+            "--value_warmup_updates 2 --vf_coef 0",
+            "--value_warmup_updates 2: with --vf_coef 0 nothing learns in them; raise it, or drop them (0)",
+        ),
+        row(
             "arguments that a schedule does not take",
             '--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}',
             "--lr_scheduler_kwargs {'cycles': 2}: ... unexpected keyword argument 'cycles'",
@@ -895,6 +921,22 @@ def test_warnings_are_lines_too(place, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: --bf16 on a CPU is emulated")
     assert second.startswith("error: --num_mini_batches 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--use_kl_loss --kl_coef 0", "--use_kl_loss has no effect with --kl_coef 0"),
+        ("--kl_estimator k3", "--kl_estimator k3 in the reward hardly holds the policy near its reference"),
+        ("--early_stop_kl 0.1 --num_ppo_epochs 1", "--early_stop_kl 0.1 has no effect on updates of one step"),
+        ("--positive_lm_threshold 1", "--positive_lm_threshold 1.0 has no effect without --positive_lm_coef"),
+        ("--preset vapo --response_length 8", "--lam_alpha 0.05: completions of at most 20 tokens get a lambda of 0"),
+    ],
+)
+def test_doubtful_combinations_are_warnings(flags, warned, place, capsys):
+    assert cli.main([*command(flags), "--stop_token_id", "100000"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith(f"warning: {warned}")], said
 
 
 @pytest.mark.parametrize("emulated", [True, False])

@@ -305,6 +305,28 @@ def test_kl_loss_has_the_gradient_of_the_divergence(estimator: str, moved: bool)
         assert_close(torch.autograd.grad(k2, logits)[0], gradient)
 
 
+def test_k3_as_a_reward_does_not_hold_the_policy_near_its_reference() -> None:
+    """What the score-function gradient makes of either estimator, at a small distance from the reference."""
+    generator = torch.Generator().manual_seed(4)
+    reference, step = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    ref = reference.log_softmax(0)
+    pulls = {}
+    for estimator in ("k1", "k3"):
+        for distance in (1e-3, 2e-3):
+            logits = (reference + distance * step).requires_grad_()
+            logp = logits.log_softmax(0)
+            cost = kl_estimate(logp.detach(), ref, estimator)  # type: ignore[arg-type]
+            pulls[estimator, distance] = torch.autograd.grad((logp.exp() * cost).sum(), logits)[0]
+            if estimator == "k1":
+                again = logits.log_softmax(0)
+                exact = torch.autograd.grad((again.exp() * (again - ref)).sum(), logits)[0]
+                assert_close(pulls[estimator, distance], exact)
+    # k1 pulls back as a spring does, twice as hard at twice the distance; k3 with the square of it, next to nothing.
+    assert (pulls["k1", 2e-3].norm() / pulls["k1", 1e-3].norm()).item() == pytest.approx(2, rel=1e-2)
+    assert (pulls["k3", 2e-3].norm() / pulls["k3", 1e-3].norm()).item() == pytest.approx(4, rel=1e-2)
+    assert pulls["k3", 1e-3].norm() < 2e-3 * pulls["k1", 1e-3].norm()
+
+
 # ------------------------------------------------------------------ samples
 
 

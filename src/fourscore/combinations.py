@@ -34,11 +34,16 @@ def contradictions_of_run(args: "PPOConfig", findings: Findings) -> None:
         )
 
 
-def without_effect(args: "PPOConfig") -> list[str]:
-    """What does nothing beside other values, a sentence each."""
+def doubtful(args: "PPOConfig") -> list[str]:
+    """What does nothing beside other values, or not what it says, a sentence each."""
     found = []
     if args.use_kl_loss and args.kl_coef == 0:
         found.append("--use_kl_loss has no effect with --kl_coef 0")
+    if args.kl_estimator == "k3" and not args.use_kl_loss and args.kl_coef != 0:
+        found.append(
+            "--kl_estimator k3 in the reward hardly holds the policy near its reference, its pull goes with the square "
+            "of the distance there: use k1, or --use_kl_loss"
+        )
     if args.early_stop_kl is not None and args.num_ppo_epochs * args.num_mini_batches == 1:
         found.append(
             f"--early_stop_kl {args.early_stop_kl} has no effect on updates of one step, which begins at the rollout's "

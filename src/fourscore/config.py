@@ -23,7 +23,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fourscore import demo
-from fourscore.combinations import contradictions, contradictions_of_run, without_effect
+from fourscore.combinations import contradictions, contradictions_of_run, doubtful
 from fourscore.config_fields import FIELDS, field_default, help_text
 from fourscore.errors import Findings, FourscoreError
 from fourscore.presets import FOLLOWS, PRESETS
@@ -300,7 +300,7 @@ class PPOConfig(TrainingArguments):
                 check()
         contradictions(self, findings)
         findings.raise_errors()
-        for sentence in without_effect(self):
+        for sentence in doubtful(self):
             warnings.warn(sentence, stacklevel=3)
 
         self.output_dir = os.path.join("runs", "ppo") if self.output_dir is None else str(self.output_dir)

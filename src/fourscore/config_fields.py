@@ -138,14 +138,21 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "gradient_accumulation_steps microbatches whatever is set here.",
         ),
         "kl_coef": _honoured("Weight of the KL penalty in the reward."),
-        "kl_estimator": _honoured("KL estimator; both are unbiased, k3 varies less."),
-        "use_kl_loss": _changed("The KL term goes into the policy loss instead of the reward.", "Not in TRL."),
+        "kl_estimator": _honoured(
+            "KL estimator; both are unbiased, k3 varies less.",
+            "As estimates; in the reward k1 alone has the divergence's gradient, see docs/algorithm.md.",
+        ),
+        "use_kl_loss": _changed(
+            "The KL term goes into the policy loss instead of the reward.",
+            "Not in TRL's PPO. Both estimators have the divergence's gradient there.",
+        ),
         "kl_target": _changed(
             "Nats a completion that kl_coef is adapted to (default: kl_coef is fixed).", "Not in TRL 1.12."
         ),
         "kl_horizon": _changed("Episodes over which kl_coef adapts.", "Not in TRL 1.12."),
         "early_stop_kl": _changed(
-            "Nats a token from the rollout's policy at which an update's PPO epochs end.", "Not in TRL 1.12."
+            "Nats a token from the rollout's policy at which an update's PPO epochs end.",
+            "Not in TRL 1.12. The value model goes on to the end, unless it shares the policy's backbone.",
         ),
         "cliprange": _honoured("Clip range of the policy ratio."),
         "cliprange_high": _changed("Clip range of the policy ratio above 1.", "Not in TRL's PPO."),
@@ -155,11 +162,16 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Policy loss: mean over all tokens, or over samples of their means.", "Not in TRL's PPO."
         ),
         "positive_lm_coef": _changed("Weight of the language model loss on positive samples.", "Not in TRL."),
-        "positive_lm_threshold": _changed("A sample is positive if its score is above this.", "Not in TRL."),
+        "positive_lm_threshold": _changed(
+            "A sample is positive if its score is above this.",
+            "Not in TRL. The score as the reward takes it, penalties included.",
+        ),
         "cliprange_value": _honoured("Clip range of the value prediction."),
         "vf_coef": _honoured("Weight of the value loss."),
         "value_warmup_updates": _changed(
-            "First updates, in which the value model alone learns, from Monte-Carlo returns.", "Not in TRL."
+            "First updates, in which the value model alone learns, from Monte-Carlo returns.",
+            "Not in TRL. The policy, its schedule and an adaptive kl_coef stand still. Of a value model on the "
+            "policy's backbone only the head learns then.",
         ),
         "gamma": _honoured("Discount factor."),
         "lam": _honoured("GAE lambda."),
@@ -170,10 +182,12 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "whiten_rewards": _honoured("Whiten rewards before GAE."),
         "whiten_advantages": _changed("Whiten advantages.", "Not in TRL, which always does."),
         "ema_decay": _changed(
-            "Keep a moving average of the policy's weights, saved beside it (default: none).", "Not in TRL."
+            "Keep a moving average of the policy's weights, saved beside it (default: none).",
+            "Not in TRL. It takes in the weights after every update; policy_ema/ holds it.",
         ),
         "stop_on_ratio": _changed(
-            "Stop when the first ratios of an update are not 1; else that is a warning.", "Not in TRL."
+            "Stop when the first ratios of an update are not 1; else that is a warning.",
+            "Not in TRL. The updates before are saved.",
         ),
     },
     "Batch and length": {
@@ -210,7 +224,10 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     "Optimisation": {
         "learning_rate": _honoured("Peak learning rate of the policy."),
         "value_learning_rate": _changed("Peak learning rate of the value model.", "Not in TRL."),
-        "value_lr_scheduler_type": _changed("Learning rate schedule of the value model.", "Not in TRL."),
+        "value_lr_scheduler_type": _changed(
+            "Learning rate schedule of the value model.",
+            "Not in TRL. Takes lr_scheduler_kwargs, if it is of the type of lr_scheduler_type.",
+        ),
         "value_warmup_steps": _changed("Warmup of the value model's learning rate.", "Not in TRL."),
         "value_max_grad_norm": _changed("Gradient clipping of the value model.", "Not in TRL."),
         "lr_scheduler_type": _changed(

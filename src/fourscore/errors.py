@@ -67,5 +67,13 @@ class Findings:
             raise FourscoreError(*self.errors)
 
 
-class RewardError(FourscoreError):
+class StoppedRun(FourscoreError):
+    """What ends a run that is under way; the updates before are worth a checkpoint."""
+
+
+class RatioError(StoppedRun):
+    """Rollout and update do not compute the same logprobs."""
+
+
+class RewardError(StoppedRun):
     """A reward that could not be had, or is no number: names the reward, and where it is about one, the sample."""

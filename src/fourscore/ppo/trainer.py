@@ -21,7 +21,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
-from fourscore.errors import FourscoreError, RewardError
+from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token
 from fourscore.models.tokenizer import saved_tokenizer
@@ -208,16 +208,17 @@ class PPOTrainer:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
             clock = _Clock()
 
-            rng = checkpoint.rng_state()
+            before = checkpoint.rng_state(), self.scorer.state()
             indices = self._next_indices()
             experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
             clock.lap("time/rollout_s")
-            with self._resumable(rng):
+            with self._resumable(before):
                 rewards = self._score(experience, indices)
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
             self._advantages(experience, value_only)
-            metrics = self._update(experience, value_only)
+            with self._resumable(before):
+                metrics = self._update(experience, value_only)
             clock.lap("time/update_s")
 
             state.global_step += 1
@@ -333,7 +334,7 @@ class PPOTrainer:
         bound = ratio_bound(self.roles, bool(self.args.tf32))
         finding = ratio_finding(mean, largest, bound, self.state.global_step + 1)
         if finding is not None and self.args.stop_on_ratio:
-            raise FourscoreError(f"--stop_on_ratio: {finding}.")
+            raise RatioError(f"--stop_on_ratio: {finding}")
         if finding is not None and self.parallel.is_main:
             logger.warning("%s", finding)
 
@@ -573,26 +574,28 @@ class PPOTrainer:
         self.control = self.callback_handler.on_save(args, state, self.control)
 
     @contextmanager
-    def _resumable(self, rng: dict[str, Any] | None = None) -> Iterator[None]:
-        """A reward that fails in this context leaves a checkpoint of the last complete update, whatever flags say.
+    def _resumable(self, before: tuple[dict[str, Any], dict[str, Any]] | None = None) -> Iterator[None]:
+        """What stops the run in this context leaves a checkpoint of the last complete update, whatever flags say.
 
         Args:
-            rng: the state of the random generators after that update; None: that of now.
+            before: the states of random generators and scorer after that update; None: those of now.
 
         Raises:
-            RewardError: the same, with the way to go on.
+            StoppedRun: the same, with the way to go on.
         """
         try:
             yield
-        except RewardError as error:
+        except StoppedRun as error:
             done = self.state.global_step
             if done == 0:
-                raise RewardError(f"{error}; no update was done yet") from error
+                raise type(error)(f"{error}; no update was done yet") from error
             folder = Path(self.args.output_dir) / f"checkpoint-{done}"
-            if rng is not None:
+            if before is not None:
+                rng, scorer = before
                 checkpoint.set_rng_state(rng)
+                self.scorer.load(scorer)
             self._save_checkpoint(weights_only=False)
-            raise RewardError(
+            raise type(error)(
                 f"{error}; the {done} updates before are in {folder}: mend it and go on with "
                 "--resume_from_checkpoint true"
             ) from error
