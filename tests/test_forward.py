@@ -24,6 +24,7 @@ from fourscore.models.forward import (
     sample_scores,
     score_head,
 )
+from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.scoring import logprobs_of, values_of
 from fourscore.rewards.model import score
@@ -240,15 +241,21 @@ def randomize(model: nn.Module, part: str) -> None:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
+@pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.parametrize("wanted", ["entropy", "logprobs", "both"])
 @pytest.mark.parametrize("positions", [1, 4, 14])
-def test_gradients_of_logprobs_and_entropies_in_float64(wanted: str, positions: int, monkeypatch: Any) -> None:
-    """Chunk by chunk and analytically, against autograd on whole logits."""
+def test_gradients_of_logprobs_and_entropies_in_float64(
+    wanted: str, positions: int, restricted: bool, monkeypatch: Any
+) -> None:
+    """Chunk by chunk and analytically, against autograd on whole logits; also where each token has its own support."""
     generator = torch.Generator().manual_seed(6)
     monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * 11 * positions)
     states, weights = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((14, 3), (14, 2)))
     head = nn.Linear(3, 11, bias=False).double()
     targets = torch.randint(11, (14,), generator=generator)
+    allowed = torch.rand(14, 11, generator=generator) < (0.5 if restricted else 1.0)
+    allowed[torch.arange(14), targets] = True
+    support = Support.of(allowed) if restricted else None
     kept = {"entropy": torch.tensor([0.0, 1.0]), "logprobs": torch.tensor([1.0, 0.0]), "both": torch.ones(2)}[wanted]
 
     def gradients(function: Any) -> list[Tensor]:
@@ -260,12 +267,12 @@ def test_gradients_of_logprobs_and_entropies_in_float64(wanted: str, positions: 
         return [inputs.grad, head.weight.grad]
 
     def whole(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (head(inputs) / 0.7).log_softmax(-1)
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        logp = (head(inputs) / 0.7).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp.masked_fill(~allowed, 0)).sum(-1)
 
     def chunked(inputs: Tensor) -> tuple[Tensor, Tensor]:
         size = forward_module.CHUNK_BYTES // (4 * 11)
-        return forward_module._ChunkedLogprobs.apply(inputs, targets, 0.7, size, head, head)
+        return forward_module._ChunkedLogprobs.apply(inputs, targets, support, 0.7, size, head, head)
 
     assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-14)
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
+from fourscore.models.support import Support
 
 CHUNK_BYTES = 2**24
 """Logits are made so many bytes at a time, in fp32."""
@@ -33,20 +34,23 @@ class Rectangle:
         rows: `[C]` row of each completion token's state, samples in order.
         columns: `[C]` column of the state in which that token was chosen: the position before it.
         targets: `[C]` the completion tokens.
+        support: of the `C` targets, where they were not drawn from the whole vocabulary.
     """
 
     input_ids: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
+    support: Support | None = None
 
 
-def rectangle(samples: list[Tensor], prompt_lens: Tensor) -> Rectangle:
+def rectangle(samples: list[Tensor], prompt_lens: Tensor, support: Support | None = None) -> Rectangle:
     """Pad samples to a rectangle.
 
     Args:
         samples: token ids of each sample, `[len_i]`, prompt and completion.
         prompt_lens: `[n]` tokens, each at least 1 and less than its sample's length.
+        support: of the completion tokens, samples in order.
     """
     device = samples[0].device
     ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=0)
@@ -54,7 +58,7 @@ def rectangle(samples: list[Tensor], prompt_lens: Tensor) -> Rectangle:
     at = torch.arange(ids.shape[1], device=device)
     chosen = (at >= prompt_lens[:, None]) & (at < lens[:, None])
     rows, columns = chosen.nonzero(as_tuple=True)
-    return Rectangle(ids, rows, columns - 1, ids[rows, columns])
+    return Rectangle(ids, rows, columns - 1, ids[rows, columns], support)
 
 
 def microbatches(lens: Tensor, size: int) -> list[Tensor]:
@@ -100,6 +104,8 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
     The model's own forward runs, so whatever it does to its logits (soft-capping, scaling) is kept, and sharded
     models gather their weights. Its head sees the completion's states only, a chunk of `CHUNK_BYTES` of logits at a
     time, in the backward pass, too: the `[C, vocabulary]` logits never exist.
+
+    Where the batch has a support, the distribution is that of the logits in it, renormalised.
 
     The gradient of the head is added to its parameters' `.grad` by `backward()`; `torch.autograd.grad` does not see it.
 
@@ -167,7 +173,9 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
         size = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
         head = base.get_output_embeddings()
-        output.logits, entropy = _ChunkedLogprobs.apply(states, batch.targets, temperature, size, logits_of, head)
+        output.logits, entropy = _ChunkedLogprobs.apply(
+            states, batch.targets, batch.support, temperature, size, logits_of, head
+        )
         entropies.append(entropy)
         return output
 
@@ -188,6 +196,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         targets: Tensor,
+        support: Support | None,
         temperature: float,
         size: int,
         logits_of: Callable[[Tensor], Tensor],
@@ -195,19 +204,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(states, targets)
         ctx.temperature, ctx.size, ctx.logits_of, ctx.head = temperature, size, logits_of, head
+        ctx.supports = supports = [None] * len(targets.split(size)) if support is None else support.split(size)
         kind = states.device.type
         # Without its cache: it would hand out the casts of weights that were made here, without a graph.
         ctx.autocast = partial(
             torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
         )
         logprobs, entropies = [], []
-        for some, chosen in zip(states.split(size), targets.split(size), strict=True):
-            logits = _scaled(logits_of(some), temperature)
+        for some, chosen, within in zip(states.split(size), targets.split(size), supports, strict=True):
+            logits = _scaled(logits_of(some), temperature, within)
             logits -= logits.amax(1, keepdim=True)
             chosen_logit = logits.gather(1, chosen[:, None]).squeeze(1)
             weights = logits.exp()
             total = weights.sum(1)
             logprobs.append(chosen_logit - total.log())
+            if within is not None:
+                logits.clamp_(min=torch.finfo(logits.dtype).min)  # zero times minus infinity is no number
             entropies.append(total.log() - weights.mul_(logits).sum(1) / total)
         ctx.set_materialize_grads(False)
         return torch.cat(logprobs), torch.cat(entropies)
@@ -221,12 +233,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunks = [x.split(ctx.size) for x in (states, targets, grad)]
         of_entropy = [None] * len(chunks[0]) if entropy_grad is None else entropy_grad.split(ctx.size)
         pieces = []
-        for some, chosen, grads, entropy_grads in zip(*chunks, of_entropy, strict=True):
+        for some, chosen, grads, entropy_grads, within in zip(*chunks, of_entropy, ctx.supports, strict=True):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
             # d logprob / d logits = (onehot - softmax) / temperature, written over one copy of the logits.
-            slope = _scaled(logits.detach(), ctx.temperature)
+            slope = _scaled(logits.detach(), ctx.temperature, within)
             slope -= slope.amax(1, keepdim=True)
             bonus = None if entropy_grads is None else _entropy_slope(slope, entropy_grads / ctx.temperature)
             slope.exp_()
@@ -237,7 +249,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 slope += bonus
             logits.backward(slope.to(logits.dtype))
             pieces.append(some.grad)
-        return torch.cat(pieces), None, None, None, None, None
+        return torch.cat(pieces), None, None, None, None, None, None
 
 
 def _entropy_slope(logits: Tensor, grads: Tensor) -> Tensor:
@@ -278,9 +290,10 @@ def _gradient_in_place(head: Any) -> Iterator[None]:
         weight.requires_grad_(True)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A copy in fp32 or wider, divided by the temperature."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+def _scaled(logits: Tensor, temperature: float, support: Support | None) -> Tensor:
+    """A copy in fp32 or wider, divided by the temperature; minus infinity outside of the support."""
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+    return scaled if support is None else scaled.masked_fill_(support.barred(scaled.shape[1]), -torch.inf)
 
 
 def _with_states(output: Any, states: Tensor) -> Any:

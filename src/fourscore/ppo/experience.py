@@ -1,10 +1,12 @@
 """One rollout batch on its way through scoring, advantages and update."""
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from fourscore.models.support import Support, ragged_indices
 
 
 @dataclass
@@ -17,7 +19,9 @@ class Experience:
         input_ids: `[T]` prompt and completion of sample 0, then of sample 1, ...
         prompt_lens: `[n]` tokens, each at least 1.
         completion_lens: `[n]` tokens, each at least 1.
-        has_eos: `[n]` bool, the completion holds an EOS token.
+        has_eos: `[n]` bool, the completion ended by itself: with a stop token or text, or it holds an EOS token where
+            nothing stops it.
+        support: of the `C` completion tokens; None where all were drawn from the whole vocabulary.
         logprobs: `[C]` nats, of the policy that generated the samples.
         ref_logprobs: `[C]` nats, of the reference policy.
         values: `[C]` value of the state in which the token was chosen.
@@ -33,6 +37,7 @@ class Experience:
     prompt_lens: Tensor
     completion_lens: Tensor
     has_eos: Tensor
+    support: Support | None = None
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -63,15 +68,21 @@ class Experience:
         """The token ids of each completion, the ending EOS included."""
         return [s[p:].tolist() for s, p in zip(self.samples(), self.prompt_lens.tolist(), strict=True)]
 
+    def support_of(self, indices: Tensor) -> Support | None:
+        """The support of the completion tokens of the samples at `indices` `[m]`, in that order."""
+        return None if self.support is None else self.support.select(ragged_indices(self.completion_lens, indices))
+
     def select(self, indices: Tensor) -> Self:
         """The samples at `indices` `[m]`, in that order, with all that is filled in so far."""
         picks = indices.tolist()
         per_sample = {"prompt_lens", "completion_lens", "has_eos", "scores"}
-        chosen: dict[str, Tensor | None] = {}
+        chosen: dict[str, Any] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is None:
                 chosen[field.name] = None
+            elif field.name == "support":
+                chosen[field.name] = self.support_of(indices)
             elif field.name in per_sample:
                 chosen[field.name] = tensor[indices]
             else:

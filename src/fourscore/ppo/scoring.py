@@ -184,5 +184,6 @@ def _per_token(
     pieces = []
     with autocast():
         for group in order:
-            pieces.append(forward(rectangle([samples[i] for i in group.tolist()], experience.prompt_lens[group])))
+            some = [samples[i] for i in group.tolist()]
+            pieces.append(forward(rectangle(some, experience.prompt_lens[group], experience.support_of(group))))
     return [scatter_back(list(each), order, experience.completion_lens) for each in zip(*pieces, strict=True)]

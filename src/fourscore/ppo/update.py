@@ -356,4 +356,4 @@ def _value_terms(values: Tensor, micro: Experience, settings: UpdateSettings) ->
 
 
 def _rectangle(micro: Experience) -> Rectangle:
-    return rectangle(micro.samples(), micro.prompt_lens)
+    return rectangle(micro.samples(), micro.prompt_lens, micro.support)
