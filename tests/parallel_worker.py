@@ -9,6 +9,7 @@ from datasets import Dataset
 
 import fourscore.ppo.trainer as trainer_module
 from fourscore import ModelConfig, PPOConfig, PPOTrainer, load_models
+from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
 from fourscore.rollout.transformers import generate
 
@@ -34,14 +35,18 @@ OPTIONS = {
 """Of the algorithm, all that there are."""
 
 
-def fixed_completions(policy, prompts, sampling, *, synced=False):
-    """Completions that follow from the prompt alone, of very unequal lengths."""
+def fixed_completions(policy, prompts, sampling, *, synced=False, keep_support=True):
+    """Completions that follow from the prompt alone, of very unequal lengths; so does their support."""
     completions = [[(7 * t + sum(p)) % 250 + 3 for t in range(1 + 3 * (sum(p) % 5))] for p in prompts]
+    drawn = torch.tensor([i for c in completions for i in c])
+    allowed = (drawn[:, None] + torch.arange(300)) % 7 < 4
+    allowed[torch.arange(len(drawn)), drawn] = True
     return Experience(
         input_ids=torch.tensor([i for p, c in zip(prompts, completions, strict=True) for i in p + c]),
         prompt_lens=torch.tensor([len(p) for p in prompts]),
         completion_lens=torch.tensor([len(c) for c in completions]),
         has_eos=torch.tensor([sum(p) % 2 == 0 for p in prompts]),
+        support=Support.of(allowed) if sampling.truncates else None,
     )
 
 
@@ -62,6 +67,8 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, kind: str) -
         freeze_layers=int(kind == "frozen"),
         share_value_backbone=kind == "trunk",
         whiten_rewards=True,
+        num_generations=4 if kind == "groups" else 1,
+        top_k=150 if kind == "groups" else 0,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,

@@ -26,6 +26,7 @@ class KilledBefore(TrainerCallback):
 
 def main(out: str, sft: str, reward: str, adapter: str, kill_before: int, resume: bool) -> None:
     torch.set_num_threads(1)
+    groups = {"num_generations": 4, "top_p": 0.9, "min_response_length": 3} if adapter == "groups" else {}
     args = PPOConfig(
         output_dir=out,
         sft_model_path=sft,
@@ -44,6 +45,7 @@ def main(out: str, sft: str, reward: str, adapter: str, kill_before: int, resume
         missing_eos_penalty=1.0,
         report_to="none",
         disable_tqdm=True,
+        **groups,
     )
     models = load_models(ModelConfig(use_peft=adapter == "lora"), args)
     trainer = PPOTrainer(

@@ -85,7 +85,8 @@ class Weights(TrainerCallback):
 
 def test_the_vapo_preset_from_end_to_end(tmp_path: Path) -> None:
     """Short warm-up, larger steps: what a tiny run needs; the rest is the preset's."""
-    trainer = trainer_on(config(tmp_path, preset="vapo", value_warmup_updates=2, max_steps=4, learning_rate=1e-3))
+    smaller = {"gradient_accumulation_steps": 4, "value_warmup_updates": 2, "max_steps": 4, "learning_rate": 1e-3}
+    trainer = trainer_on(config(tmp_path, preset="vapo", **smaller))
     start, value_start = weights_of(trainer.model), weights_of(trainer.value_model)
     looks = Weights(trainer)
     rows = run(tmp_path, trainer)

@@ -188,6 +188,14 @@ ROWS = {
         ),
         row("a word without a flag", "prompts.jsonl", "'prompts.jsonl' belongs to no flag; see fourscore ppo --help"),
         row("text for a number", "--response_length long", "--response_length: invalid int value: 'long'"),
+        row(
+            "completions that cannot be",
+            ["ppo", "--top_k", "1", "--top_p", "0", "--stop_strings", "Human:", "", "--min_response_length", "99"],
+            "--top_p 0.0: must be above 0 and at most 1",
+            "--top_k 1: leaves one token to draw, of which nothing is learned; give more, or 0 for all",
+            "--stop_strings: one of the texts is empty; leave it out",
+            "--min_response_length 99: is above --response_length 53; lower it",
+        ),
         row("a choice there is not", "--kl_estimator k2", "--kl_estimator: invalid choice: 'k2' (choose from ...)"),
         row(
             "numbers out of range, in three groups of flags",
@@ -550,6 +558,12 @@ ROWS = {
             "--stop_token_id 300",
             "--stop_token_id 300: the policy knows no such id; give one below 300",
         ),
+        row(
+            "more tokens to draw from than there are",
+            "--top_k 301 --stop_token_id 5 300",
+            "--stop_token_id 300: the policy knows no such id; give one below 300",
+            "--top_k 301: the policy knows 300 tokens; give fewer, or 0 for all",
+        ),
     ],
     "Adapters, quantization, attention, dtype": [
         row(
@@ -705,6 +719,12 @@ ROWS = {
             "--num_mini_batches 3",
             "--num_mini_batches 3 does not divide the 4 samples of an update per process "
             "(--per_device_train_batch_size 4 x --gradient_accumulation_steps 1): change one of the three",
+        ),
+        row(
+            "more completions of a prompt than samples in a batch",
+            "--num_generations 8",
+            "--num_generations 8 does not divide the 4 samples of an update (--per_device_train_batch_size 4 x "
+            "--gradient_accumulation_steps 1): change one of them",
         ),
         row(
             "less than one sample",

@@ -404,6 +404,14 @@ def test_length_of_a_run():
     assert (steps.total_episodes, steps.num_total_batches) == (40, 4)
 
 
+def test_several_completions_a_prompt():
+    args = PPOConfig(per_device_train_batch_size=6, num_generations=4, num_train_epochs=2)
+    args.resolve_batches(num_prompts=30, world_size=2)  # 12 samples of 3 prompts an update; groups may span processes
+    assert (args.batch_size, args.total_episodes, args.num_total_batches) == (12, 240, 20)
+    with pytest.raises(FourscoreError, match=r"--num_generations 4 .* 18 samples .*size 6 x .*steps 1 x 3 processes"):
+        args.resolve_batches(num_prompts=30, world_size=3)
+
+
 def test_batches_that_do_not_divide_name_the_flags():
     args = PPOConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_mini_batches=3)
     with pytest.raises(FourscoreError) as error:

@@ -18,6 +18,7 @@ WEIGHTS = {
     "frozen": (WHOLE, WHOLE),
     "trunk": (WHOLE, "score.safetensors"),
     "options": (WHOLE, WHOLE),
+    "groups": (WHOLE, WHOLE),
 }
 
 
@@ -46,7 +47,7 @@ def alone(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize(
     ("launcher", "kinds"),
     [
-        ("torchrun --standalone --nproc_per_node 2", ["full", "lora", "frozen", "trunk", "options"]),
+        ("torchrun --standalone --nproc_per_node 2", ["full", "lora", "frozen", "trunk", "options", "groups"]),
         (
             "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0",
             ["full", "lora", "frozen", "options"],

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_model, make_tokenizer
 
 from fourscore import cli, load_models
 from fourscore.config import ModelConfig, PPOConfig
@@ -14,6 +14,8 @@ from fourscore.plan.estimate import PHASES, NoPlan, make_plan
 from fourscore.plan.memory import Capacity
 from fourscore.plan.report import as_json
 from fourscore.ppo.optim import build_optimizer
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +126,32 @@ def test_what_grows_with_what(llama_policy, llama_reward):
     split = peaks(per_device_train_batch_size=4, gradient_accumulation_steps=1, local_rollout_forward_batch_size=1)
     assert split["scoring"] < start["scoring"] and split["rollout"] < start["rollout"]
     assert split["update"] == start["update"]
+
+
+@pytest.mark.parametrize(
+    ("training", "bytes_a_token"),
+    [
+        ({"top_k": 5}, 4 * 5 + 9),
+        ({"top_k": 40}, 4 * 10 + 9),  # a bit for each of 300 ids
+        ({"top_p": 0.9}, 4 * 10 + 9),
+        ({"min_response_length": 3, "stop_token_id": [1, 2]}, 4 * 2 + 9),
+    ],
+)
+def test_what_tokens_are_drawn_from_is_counted(llama_policy, llama_reward, training, bytes_a_token):
+    args, model_args = settings(llama_policy, llama_reward, **training)
+    plan = make_plan(args, model_args, prompt=16)
+    assert plan.support == 4 * 8 * bytes_a_token
+    plain = make_plan(*settings(llama_policy, llama_reward), prompt=16)
+    assert plain.support == 0
+    for phase in ("scoring", "update"):
+        assert max(plan.parts[phase].values()) > max(plain.parts[phase].values()), "masks and selected supports"
+    assert as_json(plan, [])["support_bytes"] == plan.support
+
+    torch.manual_seed(0)
+    policy = make_model("llama", make_tokenizer())
+    draw = Sampling(8, 1.0, (1, 2), None, 4, args.top_k, args.top_p, args.min_response_length)
+    e = generate(policy, [[5, 6]] * 4, draw)
+    assert e.support.nbytes <= plan.support
 
 
 @pytest.mark.parametrize("model", [{}, {"use_peft": True}])

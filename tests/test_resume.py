@@ -34,7 +34,10 @@ def lines(folder: Path, name: str) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "eps" and not k.startswith(("time/", "memory/"))} for r in rows]
 
 
-@pytest.mark.parametrize(("adapter", "weights"), [("full", "model.safetensors"), ("lora", "adapter_model.safetensors")])
+@pytest.mark.parametrize(
+    ("adapter", "weights"),
+    [("full", "model.safetensors"), ("lora", "adapter_model.safetensors"), ("groups", "model.safetensors")],
+)
 def test_killed_and_resumed(adapter: str, weights: str, llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
     checkpoints = (llama_policy, llama_reward)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -10,10 +10,13 @@ from tiny import ARCHITECTURES, make_model, make_tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fourscore.config import PPOConfig
 from fourscore.models.adapters import add_policy_adapter
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import completion_logprobs, rectangle
-from fourscore.rollout.transformers import Sampling, generate, overridden_settings
+from fourscore.rollout.sampling import Sampling, restrict_
+from fourscore.rollout.stopping import StopStrings
+from fourscore.rollout.transformers import generate, overridden_settings
 
 TOKENIZER = make_tokenizer("own")
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -254,3 +257,198 @@ def test_the_same_seed_draws_the_same() -> None:
         torch.manual_seed(seed)
         runs.append(generate(policy, PROMPTS, sampling(temperature=1.0)).completions())
     assert runs[0] == runs[1] != runs[2]
+
+
+# ------------------------------------------------------------------ top-k, top-p, shortest completion
+
+
+def likeliest(logits: Tensor, temperature: float, top_k: int, top_p: float, barred: tuple[int, ...] = ()) -> set[int]:
+    """The ids that may be drawn, one at a time in float64: what HF's and our own sorting do is nowhere in here."""
+    weights = {i: x / temperature for i, x in enumerate(logits.double().tolist()) if i not in barred}
+    order = sorted(weights, key=lambda i: -weights[i])[: top_k or None]
+    chances = torch.tensor([weights[i] for i in order], dtype=torch.float64).softmax(0).tolist()
+    chosen, total = set(), 0.0
+    for i, chance in zip(order, chances, strict=True):
+        chosen.add(i)
+        total += chance
+        if total >= top_p:
+            break
+    return chosen
+
+
+def sets_of(e: Any, vocabulary: int) -> list[set[int]]:
+    return [{i for i, out in enumerate(row) if not out} for row in e.support.barred(vocabulary).tolist()]
+
+
+RESTRICTIONS = [
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"top_p": 0.97},
+    {"top_k": 12, "top_p": 0.8},
+    {"top_p": 0.6, "min_new_tokens": 4},
+    {"min_new_tokens": 6},
+]
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+@pytest.mark.parametrize("restriction", RESTRICTIONS, ids=str)
+def test_support_and_logprobs_are_those_of_the_truncated_distribution(restriction: Any, batch_size: int) -> None:
+    policy = model(vocab_size=40)
+    stop_ids = (0, 7, 11, 12, 13)
+    draw = sampling(temperature=0.7, stop_ids=stop_ids, batch_size=batch_size, **restriction)
+    torch.manual_seed(0)
+    e = generate(policy, [[3, 4, 5], [6], [20, 21, 22, 23, 24]] * 4, draw)
+    assert e.support is not None and len(set(e.completion_lens.tolist())) > 1 and e.has_eos.any()
+    logprobs, entropy = completion_logprobs(policy, rectangle(e.samples(), e.prompt_lens, e.support), 0.7)
+    found = iter(zip(sets_of(e, 40), logprobs.tolist(), entropy.tolist(), strict=True))
+    lens = set()
+    for prompt, completion in zip(e.prompts(), e.completions(), strict=True):
+        for drawn, token in enumerate(completion):
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([prompt + completion[:drawn]])).logits[0, -1].double()
+            barred = stop_ids if drawn + 1 < draw.min_new_tokens else ()
+            expected = likeliest(logits, 0.7, draw.top_k, draw.top_p, barred)
+            support, logprob, spread = next(found)
+            assert support == expected and token in support
+            inside = sorted(support)
+            distribution = (logits[inside] / 0.7).log_softmax(0)
+            assert logprob == pytest.approx(float(distribution[inside.index(token)]), abs=1e-5)
+            assert spread == pytest.approx(float(-(distribution.exp() * distribution).sum()), abs=1e-5)
+            lens.add(len(support))
+    assert not list(found), "finished rows went on recording"
+    assert len(lens) > 1 or draw.top_p == 1
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 4}, {"top_p": 0.7}, {"min_new_tokens": 2}], ids=str)
+def test_draws_follow_the_truncated_distribution(restriction: Any) -> None:
+    policy = model(vocab_size=8)
+    torch.manual_seed(0)
+    draw = sampling(max_new_tokens=2, temperature=0.7, batch_size=4000, stop_ids=(1, 4), **restriction)
+    e = generate(policy, [[3, 4, 5]] * 4000, draw)
+    first = torch.tensor([c[0] for c in e.completions()])
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1]
+    kept = sorted(likeliest(logits, 0.7, draw.top_k, draw.top_p, (1, 4) if draw.min_new_tokens else ()))
+    assert 1 < len(kept) < 8 and set(first.tolist()) == set(kept)
+    probabilities = (logits[kept] / 0.7).softmax(0)
+    # At most 6 degrees of freedom: above 27.9 once in 10,000.
+    assert chi_square(first.bincount(minlength=8)[kept], probabilities) < 27.9
+
+
+def test_nucleus_of_a_large_flat_vocabulary() -> None:
+    """More tokens than are sorted at first, and a support kept as bits; top-p above what rounding leaves keeps all."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5000, generator=generator) * 0.3
+    for p in (0.1, 0.5, 0.9):
+        kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=p), 0) > -torch.inf
+        for row, inside in zip(logits, kept, strict=True):
+            assert set(inside.nonzero()[:, 0].tolist()) == likeliest(row, 1.0, 0, p)
+    kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=1 - 1e-9), 0) > -torch.inf
+    assert kept.sum() > 0.999 * kept.numel()
+
+
+def test_greedy_decoding_takes_no_notice_of_top_k_and_top_p() -> None:
+    policy = model()
+    free = generate(policy, PROMPTS, sampling())
+    e = generate(policy, PROMPTS, sampling(top_k=2, top_p=0.1))
+    assert e.completions() == free.completions() and e.support is None
+
+
+def test_the_support_is_kept_only_where_it_is_wanted() -> None:
+    policy = model()
+    runs = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        runs.append(generate(policy, PROMPTS, sampling(temperature=1.0, top_k=3), keep_support=keep))
+    assert runs[0].support is not None and runs[1].support is None
+    assert runs[0].completions() == runs[1].completions()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_no_stop_token_before_the_shortest_completion(temperature: float) -> None:
+    policy = model(vocab_size=16)
+    stop_ids = tuple(range(8))
+    torch.manual_seed(0)
+    e = generate(
+        policy, [[i] for i in range(16)], sampling(temperature=temperature, stop_ids=stop_ids, min_new_tokens=4)
+    )
+    assert int(e.completion_lens.min()) == 4, "the stop token counts"
+    for completion in e.completions():
+        assert not set(completion[:-1]) & set(stop_ids)
+
+
+# ------------------------------------------------------------------ stop strings
+
+
+def texts(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=False)
+
+
+LETTERS = [i for i in range(2, len(TOKENIZER)) if texts([i]).strip().isalpha() and texts([i]).isascii()]
+
+
+@pytest.mark.parametrize("minimum", [0, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("stop_ids", [(), (EOS, 70, 71, 72)])
+def test_a_text_ends_a_completion(minimum: int, temperature: float, stop_ids: tuple[int, ...]) -> None:
+    """Against the definition: the first token whose text holds the end of one, the whole decoded for each token."""
+    policy = model()
+    letters = torch.zeros(len(TOKENIZER)).index_fill(0, torch.tensor(LETTERS), 20.0)
+    policy.lm_head.register_forward_hook(lambda m, a, out: out + letters)
+    prompts = [[i, i + 40] for i in range(80, 120)]
+    draw = {"max_new_tokens": 12, "temperature": temperature, "stop_ids": stop_ids, "min_new_tokens": minimum}
+    torch.manual_seed(0)
+    free = generate(policy, prompts, sampling(batch_size=9, **draw)).completions()
+    # Texts that do come up: across the border of two tokens, at a completion's start, and within a token.
+    border = len(texts(free[0][:5]))
+    stops = [texts(free[0])[border - 1 : border + 1], texts(free[1][:2]), "a"]
+    strings = StopStrings(stops, TOKENIZER)
+    torch.manual_seed(0)
+    e = generate(policy, prompts, sampling(batch_size=9, stop_strings=strings, eos_id=EOS, **draw))
+    by_text = 0
+    for completion, unstopped, ended in zip(e.completions(), free, e.has_eos.tolist(), strict=True):
+        text = texts(unstopped)
+        bounds = [len(texts(unstopped[:n])) for n in range(len(unstopped) + 1)]
+        finished = [i + len(stop) for stop in stops for i in range(len(text)) if text.startswith(stop, i)]
+        ends = [n for n in range(1, len(bounds)) if any(bounds[n - 1] < at <= bounds[n] for at in finished)]
+        ends = [n for n in ends if n >= minimum]
+        length = min([*ends, len(unstopped)])
+        assert len(completion) == length
+        assert ended == (length in ends or unstopped[length - 1] in stop_ids)
+        if temperature == 0:
+            assert completion == unstopped[:length]
+        by_text += length in ends
+    assert 3 < by_text < 40
+
+
+def test_texts_cross_tokens_and_characters_cross_bytes() -> None:
+    byte = {chr_: TOKENIZER.encode(chr_) for chr_ in ("a", "é", "🙂", "\n")}
+    assert len(byte["é"]) == 2 and len(byte["🙂"]) == 4, "bytes of one character are tokens of their own"
+    stop = StopStrings(["a🙂", "\n\n"], TOKENIZER)
+    ids = byte["é"] + byte["a"] + byte["🙂"] + byte["a"]
+    assert [stop.completed_by_last(ids[: n + 1]) for n in range(len(ids))] == [False] * 6 + [True, False]
+    # A text that is there already does not end it again; a second one that overlaps the first does.
+    ids = byte["\n"] * 3 + byte["a"]
+    assert [stop.completed_by_last(ids[: n + 1]) for n in range(len(ids))] == [False, True, True, False]
+    assert StopStrings([TOKENIZER.eos_token], TOKENIZER).completed_by_last([5, EOS])
+
+
+def test_the_end_of_the_prompt_is_no_part_of_the_text() -> None:
+    policy = model(vocab_size=len(TOKENIZER), tie_word_embeddings=False)
+    newline = TOKENIZER.encode("\n")
+    with torch.no_grad():
+        policy.lm_head.weight.zero_()
+    policy.lm_head.register_forward_hook(lambda m, a, out: out + 50 * (torch.arange(len(TOKENIZER)) == newline[0]))
+    e = generate(policy, [newline, [70]], sampling(stop_strings=StopStrings(["\n\n"], TOKENIZER)))
+    assert e.completions() == [newline * 2] * 2 and e.has_eos.all()
+
+
+def test_every_flag_of_the_rollout_reaches_it() -> None:
+    flags = {"response_length": 9, "min_response_length": 2, "top_k": 5, "top_p": 0.5, "stop_strings": ["a", "bc"]}
+    args = PPOConfig(local_rollout_forward_batch_size=3, **flags)
+    draw = Sampling.of(args, TOKENIZER, (4, 5), 0.3)
+    assert (draw.max_new_tokens, draw.min_new_tokens, draw.top_k, draw.top_p, draw.temperature) == (9, 2, 5, 0.5, 0.3)
+    assert (draw.stop_ids, draw.eos_id, draw.batch_size) == ((4, 5), EOS, 3)
+    assert draw.stop_strings is not None and draw.stop_strings.completed_by_last(TOKENIZER.encode("bc"))
+    assert Sampling.of(PPOConfig(), TOKENIZER, (), 1.0).stop_strings is None
+    assert not Sampling.of(PPOConfig(), TOKENIZER, (EOS,), 1.0).restricted

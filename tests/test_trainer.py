@@ -1,6 +1,8 @@
 """What a user sees of PPOTrainer: its files, its callbacks, its errors."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, get_peft_config, load_models
 from fourscore.parallel import Parallel
+from fourscore.ppo.scoring import logprobs_of
 
 PROMPTS = ["the movie", "a film is", "this", "good acting and", "it was a plot", "so"]
 
@@ -344,3 +347,109 @@ def test_a_flag_wins_over_a_recorded_configuration(tmp_path: Path) -> None:
     trainer = trainer_on(config(tmp_path, max_steps=-1, num_train_epochs=2))
     trainer.train()
     assert "total_episodes" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+# ------------------------------------------------------------------ options of the rollout
+
+
+@pytest.mark.parametrize("kind", [{}, {"freeze_layers": 1}, {"share_value_backbone": True}, {"peft": True}], ids=str)
+@pytest.mark.parametrize(
+    "drawn",
+    [{"top_k": 6}, {"top_p": 0.8}, {"top_p": 0.999}, {"min_response_length": 4}, {"num_generations": 4}],
+    ids=str,
+)
+def test_a_policy_that_has_not_moved_is_its_own_reference(kind: dict, drawn: dict, tmp_path: Path) -> None:
+    """Old, new and reference logprobs are of one distribution: the first ratios are 1 and the KL is 0."""
+    kind = dict(kind)
+    peft = get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if kind.pop("peft", False) else None
+    args = config(tmp_path, max_steps=1, temperature=0.9, gradient_accumulation_steps=2, **kind, **drawn)
+    value = {"value_model": None} if kind.get("share_value_backbone") else {}
+    trainer = trainer_on(args, peft_config=peft, eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:3]}), **value)
+    kept = []
+    score = trainer._score
+
+    def watch(e, *rest):
+        kept.append(e)
+        return score(e, *rest)
+
+    trainer._score = watch
+    # Before anything moves; with a fixed seed of its own.
+    assert abs(trainer.evaluate()["eval/kl"]) < 1e-5
+    metrics = trainer.train().metrics
+    assert abs(metrics["objective/kl"]) < 1e-5
+    assert metrics["policy/first_ratio_max"] < 2e-6
+    (e,) = kept
+    assert (e.support is None) == ("num_generations" in drawn)
+    if "num_generations" not in drawn:
+        full = logprobs_of(trainer.ref_model or trainer.model, replace(e, support=None), 0.9, 8, nullcontext)
+        assert (e.ref_logprobs > full + 1e-4).any(), "nothing was left out: the comparison says nothing"
+
+
+def test_completions_of_a_prompt_lie_side_by_side(tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=5, gradient_accumulation_steps=2, num_generations=4)
+    trainer = trainer_on(args)
+    alone = trainer_on(config(tmp_path, max_steps=5, per_device_train_batch_size=2))
+    seen, texts = [], []
+    rollout = trainer._rollout
+
+    def watch(prompts: list[list[int]], *rest, **named):
+        seen.append(prompts)
+        texts.append(experience := rollout(prompts, *rest, **named))
+        return experience
+
+    trainer._rollout = watch
+    trainer.train()
+    for step, prompts in enumerate(seen):
+        alone.state.global_step = step
+        one, two = alone._prompt_ids(alone.train_dataset, alone._next_indices())
+        assert prompts == [one] * 4 + [two] * 4
+    groups = [[tuple(c) for c in e.completions()[start : start + 4]] for e in texts for start in (0, 4)]
+    assert sum(len(set(group)) > 1 for group in groups) > 8, "the completions of a prompt are drawn one by one"
+    # 40 samples of 6 prompts, 4 of each in a pass.
+    assert (trainer.state.episode, trainer.state.epoch) == (40, 40 / 24)
+    assert trainer.state.num_train_epochs == 2
+
+    # Of two processes each takes half, with more completions than that half of one prompt's.
+    (one,), (two,) = seen[0][:1], seen[0][4:5]
+    trainer.state.global_step, args.local_batch_size = 0, 4
+    for generations, halves in ((4, [[one] * 4, [two] * 4]), (8, [[one] * 4, [one] * 4])):
+        args.num_generations = generations
+        for rank, half in enumerate(halves):
+            trainer.parallel = replace(trainer.parallel, rank=rank, world_size=2)
+            assert trainer._prompt_ids(trainer.train_dataset, trainer._next_indices()) == half
+
+
+def test_stops_of_evaluation_are_those_of_training(tmp_path: Path) -> None:
+    """Greedy: no top-k or top-p, but the shortest completion and the texts that end one."""
+    plain = trainer_on(config(tmp_path), eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    free = plain.complete_eval_prompts(0.0)
+    # The text of the third token of a completion; and the first token of another one is to stop it, but must not.
+    row = next(r for r in free if len(r["completion_ids"]) == 6)
+    decode = plain.processing_class.decode
+    text = decode(row["completion_ids"][2:3])
+    first = free[-1]["completion_ids"][0]
+    stopped = {"stop_strings": [text], "stop_token_id": first, "min_response_length": 2, "top_k": 2, "top_p": 0.1}
+    trainer = trainer_on(config(tmp_path, **stopped), eval_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+    rows = trainer.complete_eval_prompts(0.0)
+    twin = next(r for r in rows if r["prompt"] == row["prompt"])
+    assert twin["completion_ids"] == row["completion_ids"][: len(twin["completion_ids"])]
+    assert len(twin["completion_ids"]) <= 3 and twin["ended"] == 1
+    assert rows[-1]["completion_ids"][0] != first and rows[-1]["completion_length"] >= 2
+
+
+def test_a_completion_that_a_text_ends_is_not_penalized(tmp_path: Path) -> None:
+    letters = [chr(i) for i in range(33, 127)]
+    args = config(tmp_path, stop_strings=letters, stop_token="none", missing_eos_penalty=100.0, max_steps=1)
+    trainer = trainer_on(args)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    ended = [any(letter in row["completion"] for letter in letters) for row in rows if row["split"] == "train"]
+    scores = [row["score"] for row in rows if row["split"] == "train"]
+    assert any(ended)
+    assert [score > -50 for score in scores] == ended
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"top_k": 301}, "--top_k 301: the policy knows 300 tokens")])
+def test_bad_options_of_the_rollout(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FourscoreError, match=message):
+        trainer_on(config(tmp_path, **changes))

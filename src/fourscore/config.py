@@ -294,6 +294,8 @@ class PPOConfig(TrainingArguments):
         self._resolve_preset()
         if isinstance(self.stop_token_id, int):  # TRL's type
             self.stop_token_id = [self.stop_token_id]
+        if isinstance(self.stop_strings, str):
+            self.stop_strings = [self.stop_strings]
         findings = Findings()
         for check in (self._refuse_fields, self._check_values):
             with findings.collect():
@@ -357,14 +359,16 @@ class PPOConfig(TrainingArguments):
         Sizes count samples. With `local_batch_size = per_device_train_batch_size * gradient_accumulation_steps`:
         `batch_size` is that over all processes, a minibatch one of `num_mini_batches` equal parts of it, and
         `num_total_batches` the updates that make up `total_episodes`, the last one included even if it goes beyond.
+        An update takes `batch_size / num_generations` prompts, and a pass over the prompts has `num_generations`
+        samples of each.
 
         Args:
             num_prompts: prompts in the training set.
             world_size: number of processes.
 
         Raises:
-            FourscoreError: `num_mini_batches` does not divide the batch, there are no prompts, or other settings do not
-                fit the length of the run.
+            FourscoreError: `num_mini_batches` or `num_generations` does not divide the batch, there are no prompts, or
+                other settings do not fit the length of the run.
         """
         if num_prompts < 1:
             raise FourscoreError("--dataset_name: there is no prompt to train on")
@@ -383,7 +387,7 @@ class PPOConfig(TrainingArguments):
             self.episodes_derived = True
             return
         if self.total_episodes is None:
-            self.total_episodes = int(self.num_train_epochs * num_prompts)
+            self.total_episodes = int(self.num_train_epochs * num_prompts * self.num_generations)
             self.episodes_derived = True
         if self.total_episodes < 1:
             raise FourscoreError(
@@ -398,6 +402,13 @@ class PPOConfig(TrainingArguments):
                 f"--num_mini_batches {self.num_mini_batches} does not divide the {local} samples of an update per "
                 f"process (--per_device_train_batch_size {self.per_device_train_batch_size} x "
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps}): change one of the three"
+            )
+        if local * world_size % self.num_generations:
+            processes = f" x {world_size} processes" if world_size > 1 else ""
+            raise FourscoreError(
+                f"--num_generations {self.num_generations} does not divide the {local * world_size} samples of an "
+                f"update (--per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}{processes}): change one of them"
             )
         return {
             "world_size": world_size,
@@ -585,6 +596,10 @@ class PPOConfig(TrainingArguments):
                     url,
                     "must start with http:// or https://",
                 )
+        if self.top_k == 1:
+            findings.error("--top_k 1: leaves one token to draw, of which nothing is learned; give more, or 0 for all")
+        if not all(self.stop_strings or ()):
+            findings.error("--stop_strings: one of the texts is empty; leave it out")
         if self.min_response_length > self.response_length:
             findings.error(
                 f"--min_response_length {self.min_response_length}: is above --response_length "

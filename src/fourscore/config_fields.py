@@ -99,12 +99,19 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     },
     "Rollout": {
         "response_length": _honoured("Most tokens in a completion."),
-        "min_response_length": _changed("Least tokens in a completion.", "Not in TRL."),
-        "num_generations": _changed("Completions of each prompt in an update.", "Not in TRL's PPO."),
+        "min_response_length": _changed(
+            "Least tokens in a completion.", "Not in TRL. The stop token counts. See docs/rollout.md."
+        ),
+        "num_generations": _changed(
+            "Completions of each prompt in an update.",
+            "Not in TRL's PPO. Batch sizes and episodes count samples: an update takes batch_size / num_generations "
+            "prompts, and an epoch has num_generations samples of each prompt.",
+        ),
         "temperature": _honoured("Sampling temperature."),
         "top_k": _changed(
             "Draw from the k likeliest tokens; 0: from all.",
-            "Not in TRL's PPO. Logprobs, old, new and reference ones, are of the distribution that was drawn from.",
+            "Not in TRL's PPO. Logprobs, old, new and reference ones, are of the distribution that was drawn from: see "
+            "docs/rollout.md.",
         ),
         "top_p": _changed(
             "Draw from the likeliest tokens that together have this probability.", "Not in TRL's PPO. As for top_k."
@@ -117,7 +124,10 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Token ids that end a completion.",
             "One or several. Takes the place of stop_token (TRL refuses the two together).",
         ),
-        "stop_strings": _changed("Texts that end a completion.", "Not in TRL's PPO."),
+        "stop_strings": _changed(
+            "Texts that end a completion.",
+            "Not in TRL's PPO. They end it beside the stop token, and the token that completes one is kept.",
+        ),
         "max_prompt_length": _changed("Most tokens in a prompt.", "Not in TRL."),
         "max_prompt_length_action": _changed(
             "What is done with longer prompts; truncate keeps the end.", "Not in TRL, which uses prompts of any length."
@@ -194,7 +204,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "per_device_train_batch_size": _honoured("Samples in a forward and backward pass."),
         "gradient_accumulation_steps": _honoured("Such passes in a rollout batch."),
         "per_device_eval_batch_size": _honoured("Prompts generated and scored at a time in evaluation."),
-        "total_episodes": _honoured("Samples to train on (default: num_train_epochs x prompts)."),
+        "total_episodes": _honoured("Samples to train on (default: num_train_epochs x prompts x num_generations)."),
         "num_train_epochs": _honoured("Passes over the prompts."),
         "max_steps": _changed(
             "Updates (rollout batches); above 0 it overrides total_episodes.",

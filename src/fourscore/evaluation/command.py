@@ -43,7 +43,7 @@ from fourscore.rewards.build import build_rewards
 from fourscore.rewards.function import Function
 from fourscore.rewards.model import TokenModel, score
 from fourscore.rewards.scorer import check_weights, distinct
-from fourscore.rollout.transformers import Sampling
+from fourscore.rollout.sampling import Sampling
 from fourscore.runs import directory
 from fourscore.runs.logs import set_up_logging
 from fourscore.runs.metrics import JsonLines, write_json_atomic
@@ -319,13 +319,7 @@ def _compare(options: Options, subject: Subject, args: PPOConfig, model_args: Mo
         dict(zip(names, zip(rewards, weights, strict=True), strict=True)),
         subject.judge,
         Settings(
-            sampling=Sampling(
-                max_new_tokens=args.response_length,
-                temperature=_temperature(options, args),
-                stop_ids=subject.stop_ids,
-                eos_id=subject.tokenizer.eos_token_id,
-                batch_size=size,
-            ),
+            sampling=Sampling.of(args, subject.tokenizer, subject.stop_ids, _temperature(options, args)),
             num_generations=options.num_generations,
             batch_size=args.per_device_eval_batch_size,
             logprob_temperature=_temperature(options, args) or args.temperature,

@@ -23,7 +23,8 @@ from fourscore.rewards.function import Function
 from fourscore.rewards.samples import Reward, Samples
 from fourscore.rewards.scorer import Scorer
 from fourscore.rewards.shaping import Shaping
-from fourscore.rollout.transformers import Sampling, generate
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate
 
 SIDES = ("reference", "policy")
 JUDGE = "judge"

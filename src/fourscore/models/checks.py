@@ -99,6 +99,8 @@ def inspect_models(
     if tokenizer is not None and sft is not None:
         with findings.collect():
             check_stop_token(training_args, tokenizer, sft.embedding_rows)
+        with findings.collect():
+            check_top_k(training_args, sft.embedding_rows)
         if reward is not None:
             with findings.collect():
                 check_vocabulary(tokenizer, str(source), sft, reward, model_args)
@@ -565,6 +567,16 @@ def check_stop_token(args: "PPOConfig", tokenizer: PreTrainedTokenizerBase, voca
             )
         return (int(tokenizer.eos_token_id),)
     return ()
+
+
+def check_top_k(args: "PPOConfig", vocabulary: int) -> None:
+    """Hold `--top_k` against the ids that the policy knows.
+
+    Raises:
+        FourscoreError: there are not so many.
+    """
+    if args.top_k > vocabulary:
+        raise FourscoreError(f"--top_k {args.top_k}: the policy knows {vocabulary} tokens; give fewer, or 0 for all")
 
 
 def check_length(name: str, config: Any, weights: Iterable[str], longest: int, response_length: int) -> str | None:

@@ -12,7 +12,7 @@ from fourscore.models.checks import Inspected, check_models
 from fourscore.models.layout import Layout, decide_layout
 from fourscore.parallel import is_sharded
 from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes
-from fourscore.plan.phases import Sizes, quiet, trace_phases
+from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
 from fourscore.plan.skeleton import Skeleton, build_roles, layers_of, logical_numel
 from fourscore.ppo.optim import state_bytes
 
@@ -72,6 +72,7 @@ class Plan:
         sharding: "none" or "fsdp".
         baseline: bytes of a process before it loads anything; 0 on an accelerator.
         kv_cache: bytes of the cache at the end of the longest completions.
+        support: bytes of what the tokens of a rollout batch were drawn from, at most; held until the update is done.
         parts: phase -> part of it -> bytes beside weights and optimizer state.
         peak_bytes: by phase, of one process.
         mapped_bytes: file pages of frozen weights; all processes of a machine share them.
@@ -88,6 +89,7 @@ class Plan:
     sharding: str
     baseline: int
     kv_cache: int
+    support: int
     parts: dict[str, dict[str, int]]
     peak_bytes: dict[str, int]
     mapped_bytes: int
@@ -196,13 +198,16 @@ def make_plan(
         gathered = 2 * _largest_layer(skeleton)
         roles_gradients = {"policy": roles["policy"].gradients, "value": roles["value_model"].gradients}
     peaks = {"load": baseline + weights // shards + gathered}
+    support = support_bytes(layout, training_args, local_batch)
+    if support:
+        parts["rollout"]["support"] = 2 * support  # put together and in order, beside what is held
     for phase, by_part in parts.items():
         tops = []
         for part, size in by_part.items():
             if shards > 1 and phase == "update":
                 size -= min(size, roles_gradients[part.split()[0]]) * (shards - 1) // shards
             tops.append(size)
-        peaks[phase] = held + max(tops) + gathered + (RUNNING if on_cpu else 0)
+        peaks[phase] = held + support + max(tops) + gathered + (RUNNING if on_cpu else 0)
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device) if room is None else room
     return Plan(
@@ -214,6 +219,7 @@ def make_plan(
         sharding=sharding,
         baseline=baseline,
         kv_cache=_kv_cache(layout, sizes, training_args),
+        support=support,
         parts=parts,
         peak_bytes=peaks,
         mapped_bytes=0 if shards > 1 else sum(role.mapped for role in roles.values()),

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.models.forward import without_peft
 from fourscore.models.layout import Layout
+from fourscore.models.support import ALLOWED, PACKED, Support, packed_words
 from fourscore.parallel import Parallel
 from fourscore.plan.skeleton import build_roles, depth_of, fake_tensors, layers_of
 from fourscore.plan.trace import Trace
@@ -23,7 +24,8 @@ from fourscore.ppo.optim import build_optimizer
 from fourscore.ppo.roles import Roles, prepare_roles
 from fourscore.ppo.scoring import fill_in, scores_of
 from fourscore.ppo.update import UpdateSettings, update
-from fourscore.rollout.transformers import Sampling, generate
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate
 
 _DEPTHS = (2, 3)
 
@@ -111,9 +113,10 @@ def _trace(
             Parallel(device, 0, 1, False),
         )
         rollout = _rollout(roles, training_args, sizes, Trace(fake, granule=granule), Trace(fake, granule=granule))
-        experience = _samples(sizes.rollout_batch, sizes)
+        support = _support_of(layout, training_args)
+        experience = _samples(sizes.rollout_batch, sizes, support, fake)
         scoring = _scoring(roles, experience, training_args, sizes, Trace(fake, granule=granule))
-        trained = _update(roles, training_args, sizes, fake, Trace(fake, granule=granule))
+        trained = _update(roles, training_args, sizes, support, fake, Trace(fake, granule=granule))
     return {"rollout": rollout, "scoring": scoring, "update": trained}
 
 
@@ -122,7 +125,7 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
     """Prefill of the prompts, and the last steps of the longest completions."""
 
     def complete(trace: Trace, prompt: int, new: int) -> None:
-        sampling = Sampling(new, args.temperature, (), None, sizes.rollout_batch)
+        sampling = Sampling(new, args.temperature, (), None, sizes.rollout_batch, top_k=args.top_k, top_p=args.top_p)
 
         def enter(module: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
             ids = named["input_ids"] if "input_ids" in named else positional[0]
@@ -131,7 +134,9 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
         handle = without_peft(roles.policy).register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with trace, roles.autocast():
-                generate(roles.policy, [[1] * prompt for _ in range(sizes.rollout_batch)], sampling)
+                # What supports hold depends on data: they are counted in `support_bytes`.
+                prompts = [[1] * prompt for _ in range(sizes.rollout_batch)]
+                generate(roles.policy, prompts, sampling, keep_support=False)
         finally:
             handle.remove()
 
@@ -159,10 +164,17 @@ def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: 
     return {part: peak for part, peak in trace.peaks.items() if part}
 
 
-def _update(roles: Roles, args: PPOConfig, sizes: Sizes, fake: FakeTensorMode, trace: Trace) -> dict[str, int]:
+def _update(
+    roles: Roles,
+    args: PPOConfig,
+    sizes: Sizes,
+    support: "TokenSupport | None",
+    fake: FakeTensorMode,
+    trace: Trace,
+) -> dict[str, int]:
     """One minibatch, of two microbatches if it has several: the second finds the gradients of the first."""
     microbatches = 2 if sizes.minibatch > sizes.microbatch else 1
-    experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes)
+    experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes, support, fake)
     tokens = int(experience.completion_lens.sum())
     for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
         setattr(experience, name, torch.zeros(tokens))
@@ -214,15 +226,60 @@ def _lowest_trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _samples(n: int, sizes: Sizes) -> Experience:
-    """Samples of the longest prompts and completions; their ids are real."""
+def _samples(n: int, sizes: Sizes, support: "TokenSupport | None", fake: FakeTensorMode) -> Experience:
+    """Samples of the longest prompts and completions; their ids are real, the words of a support are not."""
     length = sizes.prompt + sizes.response
-    return Experience(
+    experience = Experience(
         input_ids=torch.ones(n * length, dtype=torch.long),
         prompt_lens=torch.full((n,), sizes.prompt),
         completion_lens=torch.full((n,), sizes.response),
         has_eos=torch.ones(n, dtype=torch.bool),
     )
+    if support is not None:
+        tokens = n * sizes.response
+        with fake:
+            words = torch.zeros(tokens * support.words, dtype=torch.int32)
+        kinds = torch.full((tokens,), support.kind, dtype=torch.uint8)
+        experience.support = Support(words, torch.full((tokens,), support.words), kinds, support.vocabulary)
+    return experience
+
+
+@dataclass(frozen=True)
+class TokenSupport:
+    """The most that the support of one token can take.
+
+    Attributes:
+        words: of 4 bytes.
+        kind: of the words, as in `Support`.
+        vocabulary: ids there are.
+    """
+
+    words: int
+    kind: int
+    vocabulary: int
+
+    @property
+    def nbytes(self) -> int:
+        """With what says how many words there are and of what kind."""
+        return 4 * self.words + 8 + 1
+
+
+def _support_of(layout: Layout, args: PPOConfig) -> TokenSupport | None:
+    """None where every token is drawn from the whole vocabulary."""
+    config: Any = layout.backbones[layout.roles["policy"].backbone].checkpoint.config.get_text_config()
+    size: int = config.vocab_size
+    if args.top_k or args.top_p < 1:
+        packed = packed_words(size)
+        listed = args.top_k and args.top_k <= packed
+        return TokenSupport(args.top_k, ALLOWED, size) if listed else TokenSupport(packed, PACKED, size)
+    stops = len(args.stop_token_id or ()) or int(args.stop_token == "eos")
+    return TokenSupport(stops, ALLOWED, size) if stops and args.min_response_length > 1 else None
+
+
+def support_bytes(layout: Layout, args: PPOConfig, samples: int) -> int:
+    """The most that the supports of so many samples can take; 0 where tokens are drawn from the whole vocabulary."""
+    support = _support_of(layout, args)
+    return 0 if support is None else samples * args.response_length * support.nbytes
 
 
 def _warm_optimizer(model: nn.Module, args: PPOConfig, fake: FakeTensorMode) -> torch.optim.Optimizer:

@@ -58,6 +58,7 @@ def as_json(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "parts_bytes": plan.parts,
         "kv_cache_bytes": plan.kv_cache,
+        "support_bytes": plan.support,
         "baseline_bytes": plan.baseline,
         "mapped_bytes": plan.mapped_bytes,
         "sizes": {
@@ -178,9 +179,10 @@ def _phases_table(plan: Plan) -> Table:
     weights = sum(r.weights for r in plan.roles.values()) // shards
     optimizer = sum(r.optimizer for r in plan.roles.values()) // shards
     total = s.prompt + s.response
+    support = f", support {_cell(plan.support)}" if plan.support else ""
     notes = {
         "load": "",
-        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}",
+        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{support}",
         "scoring": f"{s.rollout_batch} x {total} tokens",
         "update": f"{s.microbatch} x {total} tokens",
     }

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism
 from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models.average import MovingAverage
-from fourscore.models.checks import check_length, check_stop_token
+from fourscore.models.checks import check_length, check_stop_token, check_top_k
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
@@ -38,7 +38,8 @@ from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.build import build_scorer
 from fourscore.rewards.samples import Samples
 from fourscore.rewards.scorer import Rated
-from fourscore.rollout.transformers import Sampling, generate, overridden_settings
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
 from fourscore.runs.memory import peak_gib, return_freed_memory
@@ -150,7 +151,9 @@ class PPOTrainer:
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
         self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
 
-        self.stop_ids = check_stop_token(args, processing_class, self.model.config.get_text_config().vocab_size)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        check_top_k(args, vocabulary)
+        self.stop_ids = check_stop_token(args, processing_class, vocabulary)
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.control = TrainerControl()
         self.progress = PPOProgress()
@@ -223,7 +226,7 @@ class PPOTrainer:
 
             state.global_step += 1
             state.episode += args.batch_size
-            state.epoch = state.episode / len(self.train_dataset)
+            state.epoch = state.episode / (args.num_generations * len(self.train_dataset))
             metrics = objective_metrics(experience, state.kl_coef, parallel) | rewards | metrics | clock.laps
             metrics |= value_metrics(experience, args.gamma, parallel)
             if args.kl_target is not None and not value_only:
@@ -236,19 +239,18 @@ class PPOTrainer:
         return metrics
 
     @torch.no_grad()
-    def _rollout(self, prompts: list[list[int]], temperature: float | None = None) -> Experience:
+    def _rollout(
+        self, prompts: list[list[int]], temperature: float | None = None, *, keep_support: bool = True
+    ) -> Experience:
         args = self.args
-        sampling = Sampling(
-            max_new_tokens=args.response_length,
-            temperature=args.temperature if temperature is None else temperature,
-            stop_ids=self.stop_ids,
-            eos_id=self.processing_class.eos_token_id,
-            batch_size=args.local_rollout_forward_batch_size,
-        )
+        temperature = args.temperature if temperature is None else temperature
+        sampling = Sampling.of(args, self.processing_class, self.stop_ids, temperature)
         # Outside of training mode: activation checkpointing would switch the KV cache off.
         self.model.eval()
         with self.roles.autocast():
-            experience = generate(self.model, prompts, sampling, synced=self.parallel.sharded)
+            experience = generate(
+                self.model, prompts, sampling, synced=self.parallel.sharded, keep_support=keep_support
+            )
         self.model.train()
         return experience
 
@@ -354,7 +356,7 @@ class PPOTrainer:
             torch.manual_seed(args.seed + 100_003 * parallel.rank + 7)
             for start in range(0, share, args.local_rollout_forward_batch_size):
                 indices = mine[start : start + args.local_rollout_forward_batch_size]
-                e = self._rollout(self._prompt_ids(self.train_dataset, indices))
+                e = self._rollout(self._prompt_ids(self.train_dataset, indices), keep_support=False)
                 rated = self._rated(e, self.train_dataset, indices)
                 totals += [s if a else math.nan for s, a in zip(rated.scores.tolist(), rated.applies, strict=True)]
         known = [s for s in parallel.gather(totals)[: args.center_scores] if not math.isnan(s)]
@@ -431,7 +433,7 @@ class PPOTrainer:
             torch.manual_seed(args.seed + parallel.rank)
             for start in range(0, share, args.per_device_eval_batch_size):
                 indices = mine[start : start + args.per_device_eval_batch_size]
-                e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature)
+                e = self._rollout(self._prompt_ids(self.eval_dataset, indices), temperature, keep_support=with_kl)
                 rated = self._rated(e, self.eval_dataset, indices)
                 columns = {
                     "index": indices,
@@ -663,9 +665,10 @@ class PPOTrainer:
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(metrics))
 
     def _next_indices(self) -> list[int]:
-        """Rows of the training set: this process's share of the update's prompts."""
+        """Rows of the training set, this process's share of the update; those of one prompt lie side by side."""
         args = self.args
-        indices = self.prompts.batch(self.state.global_step, args.batch_size)
+        drawn = self.prompts.batch(self.state.global_step, args.batch_size // args.num_generations)
+        indices = [i for i in drawn for _ in range(args.num_generations)]
         start = self.parallel.rank * args.local_batch_size
         return indices[start : start + args.local_batch_size]
 
@@ -714,11 +717,12 @@ class PPOTrainer:
 
     def _new_state(self) -> PPOState:
         args = self.args
+        samples_of_a_pass = args.num_generations * len(self.train_dataset)
         state = PPOState(
             is_local_process_zero=self.parallel.is_main,
             is_world_process_zero=self.parallel.is_main,
             max_steps=args.num_total_batches,
-            num_train_epochs=-(-args.num_total_batches * args.batch_size // len(self.train_dataset)),
+            num_train_epochs=-(-args.num_total_batches * args.batch_size // samples_of_a_pass),
             train_batch_size=args.per_device_train_batch_size,
             kl_coef=args.kl_coef,
         )

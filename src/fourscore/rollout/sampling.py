@@ -1,0 +1,108 @@
+"""The distribution that tokens are drawn from."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fourscore.rollout.stopping import StopStrings
+
+_CANDIDATES = 1024
+"""So many of the likeliest tokens are sorted first; nearly always they hold the nucleus."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: longest completion, in tokens.
+        temperature: logits are divided by it; greedy decoding when 0.
+        stop_ids: a completion ends with the first of these, which is kept.
+        eos_id: what counts as ended when nothing stops a completion but its length.
+        batch_size: samples generated at once on this process.
+        top_k: draw from so many of the likeliest tokens; 0: from all.
+        top_p: then from the likeliest of these that together have this probability.
+        min_new_tokens: shortest completion, in tokens; no stop id is drawn before, no stop string ends it before.
+        stop_strings: a completion ends with the token that completes one of these, which is kept.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    eos_id: int | None
+    batch_size: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop_strings: StopStrings | None = None
+
+    @classmethod
+    def of(cls, args: Any, tokenizer: Any, stop_ids: tuple[int, ...], temperature: float) -> Self:
+        """What the flags say.
+
+        Args:
+            args: a `PPOConfig`.
+            tokenizer: the policy's.
+            stop_ids: those of `stop_token` and `stop_token_id`.
+            temperature: the flag's, or another one.
+        """
+        return cls(
+            max_new_tokens=args.response_length,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            eos_id=tokenizer.eos_token_id,
+            batch_size=args.local_rollout_forward_batch_size,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_new_tokens=args.min_response_length,
+            stop_strings=StopStrings(args.stop_strings, tokenizer) if args.stop_strings else None,
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leave something out; greedily the likeliest token is drawn whatever they say."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some token may be drawn from a part of the vocabulary only."""
+        return self.truncates or (self.min_new_tokens > 1 and bool(self.stop_ids))
+
+
+def restrict_(logits: Tensor, sampling: Sampling, drawn: int) -> Tensor:
+    """Turn a policy's logits into those of the distribution that is drawn from.
+
+    In this order: what is barred before the shortest completion, temperature, top-k, top-p (Holtzman et al. 2020, arXiv
+    1904.09751, section 3.1: the smallest set of likeliest tokens that together have at least the probability). Tokens
+    as likely as the last one of a set are in it, too.
+
+    Args:
+        logits: `[b, vocabulary]` fp32; overwritten.
+        sampling: how to draw.
+        drawn: tokens of the completion that are there already.
+
+    Returns:
+        `logits`, minus infinity outside of the support.
+    """
+    if drawn + 1 < sampling.min_new_tokens and sampling.stop_ids:
+        logits[:, list(sampling.stop_ids)] = -torch.inf
+    if sampling.temperature > 0:
+        logits /= sampling.temperature
+    if not sampling.truncates:
+        return logits
+    vocabulary = logits.shape[1]
+    if 0 < sampling.top_k < vocabulary:
+        logits.masked_fill_(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        total = logits.logsumexp(1, keepdim=True)
+        for size in (min(_CANDIDATES, vocabulary), vocabulary):
+            best = logits.topk(size).values
+            above = (best - total).exp().cumsum(1)
+            if (above[:, -1] >= sampling.top_p).all():
+                break
+        # The first token stays, and every one before which the probability is not reached yet.
+        last = (above[:, :-1] < sampling.top_p).sum(1, keepdim=True)
+        logits.masked_fill_(logits < best.gather(1, last), -torch.inf)
+    return logits
