@@ -992,6 +992,15 @@ def test_lengths_beyond_rotary_positions_and_a_full_disk_are_warnings(place, mon
     )
 
 
+def test_a_moving_average_takes_room_on_the_disk(place, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10 * 2**20))
+    sizes = []
+    for flags in ("", "--ema_decay 0.9"):
+        assert cli.main(command(f"{flags} --stop_token_id 300 --max_steps 400 --save_steps 2")) == 2
+        sizes.append(float(re.search(r"checkpoints of ([\d.]+) MiB", capsys.readouterr().err)[1]))
+    assert sizes[0] == 2.4 and sizes[1] == pytest.approx(2.4 + 2.4 / 6, abs=0.1)  # policy and value, weights and state
+
+
 # ------------------------------------------------------------------------------------------------------------- the page
 
 

@@ -99,6 +99,33 @@ def test_frozen_weights_of_the_dtype_of_the_file_cost_nothing(llama_policy, llam
     assert converted["ref_policy"].mapped == 0
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_moving_average_is_a_copy_of_what_trains_in_the_policy(peft, llama_policy, llama_reward):
+    plans = []
+    for extra in ({}, {"ema_decay": 0.99}):
+        args, model_args = settings(llama_policy, llama_reward, model={"use_peft": peft}, **extra)
+        plans.append(make_plan(args, model_args, prompt=8))
+    plain, averaged = plans
+    added = plain.roles["policy"].gradients  # as many bytes: both are float32
+    assert averaged.roles["policy"].optimizer == plain.roles["policy"].optimizer + added
+    assert averaged.roles["value_model"] == plain.roles["value_model"]
+    assert averaged.peak_bytes["update"] - averaged.baseline == plain.peak_bytes["update"] - plain.baseline + added
+
+
+def test_terms_of_the_loss_are_traced(llama_policy, llama_reward):
+    def update(**extra):
+        args, model_args = settings(llama_policy, llama_reward, **extra)
+        return make_plan(args, model_args, prompt=8).parts["update"]
+
+    plain = update()
+    everything = update(
+        entropy_coef=0.1, use_kl_loss=True, positive_lm_coef=0.1, early_stop_kl=1e-9, dual_clip=3.0, stop_on_ratio=True
+    )
+    assert everything.keys() == plain.keys()
+    assert all(everything[part] >= plain[part] for part in plain)
+    assert everything["policy forward, backward"] > plain["policy forward, backward"]  # the entropy's gradient
+
+
 def test_four_bits(llama_policy, llama_reward):
     peft = {"use_peft": True, "lora_target_modules": ["all-linear"]}
     args, model_args = settings(llama_policy, llama_reward, model=peft)

@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fourscore.models.forward import microbatches, rectangle, scatter_back
+from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience, sum_per_sample
+from fourscore.ppo.kl_control import adapted_kl_coef
 from fourscore.ppo.losses import kl_loss, policy_loss, token_weights, value_loss
+from fourscore.ppo.objective import value_metrics
+
+ALONE = Parallel(torch.device("cpu"), rank=0, world_size=1, sharded=False)
 
 
 def f64(*numbers: float) -> Tensor:
@@ -265,6 +270,85 @@ def test_weights_of_a_minibatch_add_up_to_its_tokens() -> None:
     lens = ints(1, 3, 2, 7)
     for aggregation in ("token", "sequence"):
         assert token_weights(lens, 13, 4, aggregation, torch.float64).sum().item() == pytest.approx(13)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ the adaptive coefficient
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on target
+        (6.6, 0.1 * (1 + 0.1 * 0.64)),  # 10 % above, with 64 of 100 samples
+        (60.0, 0.1 * (1 + 0.2 * 0.64)),  # held to 20 %
+        (3.0, 0.1 * (1 - 0.2 * 0.64)),
+        (-1.0, 0.1 * (1 - 0.2 * 0.64)),  # an estimate may be below 0
+    ],
+)
+def test_adapted_kl_coef(kl: float, expected: float) -> None:
+    assert adapted_kl_coef(0.1, kl, 6.0, 64, 100) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ what the value model foretells
+
+
+def foretold(values: Tensor, rewards: Tensor, lens: Tensor) -> Experience:
+    tokens = int(lens.sum())
+    ids, ended = torch.zeros(2 * tokens, dtype=torch.long), torch.ones(len(lens), dtype=torch.bool)
+    return Experience(ids, lens, lens, ended, values=values, rewards=rewards)
+
+
+def test_value_metrics() -> None:
+    # Returns 3, 2, 2 and 4, values 1, 1, 1 and 2. Return - value: 2, 1, 1, 2 about 1.5, squares 1 in all; returns about
+    # 2.75, squares 0.0625 + 0.5625 + 0.5625 + 1.5625 = 2.75: explained 1 - 1 / 2.75. Value - return: -2 in the first
+    # third, -1 and (of the single token) -2 in the middle, -1 in the last.
+    e = foretold(f64(1, 1, 1, 2), f64(1, 0, 2, 4), ints(3, 1))
+    expected = {
+        "value/explained_variance": 1 - 1 / 2.75,
+        "value/bias_first": -2.0,
+        "value/bias_middle": -1.5,
+        "value/bias_last": -1.0,
+    }
+    assert value_metrics(e, 1.0, ALONE) == pytest.approx(expected)
+    # gamma 0.5: returns 1 + 0 + 0.5 = 1.5, 1, 2, 4; errors -0.5, 0, -1, -2.
+    discounted = value_metrics(e, 0.5, ALONE)
+    assert discounted["value/bias_first"] == pytest.approx(-0.5)
+    assert discounted["value/bias_last"] == pytest.approx(-1)
+
+
+def test_value_metrics_of_perfect_useless_and_harmful_values() -> None:
+    rewards, lens = f64(1, 2, 3, 4), ints(1, 1, 1, 1)
+    for values, explained in ((rewards, 1.0), (f64(7, 7, 7, 7), 0.0), (rewards.flip(0), -3.0)):
+        metrics = value_metrics(foretold(values, rewards, lens), 1.0, ALONE)
+        assert metrics["value/explained_variance"] == pytest.approx(explained)
+        assert "value/bias_first" not in metrics and "value/bias_last" not in metrics
+
+
+def test_value_metrics_where_all_returns_are_equal() -> None:
+    metrics = value_metrics(foretold(f64(1, 2), f64(5, 5), ints(1, 1)), 1.0, ALONE)
+    assert metrics == {"value/bias_middle": -3.5}
+
+
+def test_value_metrics_over_two_processes() -> None:
+    generator = torch.Generator().manual_seed(8)
+    lens = [ints(3, 1, 5), ints(2, 7)]
+    parts = [
+        foretold(*torch.randn(2, int(each.sum()), generator=generator, dtype=torch.float64), each) for each in lens
+    ]
+    assert all(e.values is not None and e.rewards is not None for e in parts)
+    whole = foretold(
+        torch.cat([e.values for e in parts]),  # type: ignore[misc]
+        torch.cat([e.rewards for e in parts]),  # type: ignore[misc]
+        torch.cat(lens),
+    )
+    group = Together(2)
+
+    class Both:
+        sum = group.sum
+
+    expected = value_metrics(whole, 0.9, ALONE)
+    for got in group.run(lambda rank: value_metrics(parts[rank], 0.9, Both())):  # type: ignore[arg-type]
+        assert got == pytest.approx(expected, rel=1e-12)
 
 
 # ------------------------------------------------------------------ KL as a loss

@@ -341,7 +341,7 @@ def _policy_terms(
         loss = loss - settings.entropy_coef * (entropy * weights).sum()
     if settings.positive_lm_coef:
         positive = torch.repeat_interleave(_positive(micro, settings), lens)
-        nll = -logprobs[positive].sum() * (totals.tokens / max(1, totals.positive_tokens))
+        nll = -torch.where(positive, logprobs, 0).sum() * (totals.tokens / max(1, totals.positive_tokens))
         loss = loss + settings.positive_lm_coef * nll
         sums["loss/positive_lm_avg"] = nll
     return loss, {name: value.detach().to(dtype) for name, value in sums.items()}
