@@ -603,6 +603,7 @@ TRAINER_CASES: dict[str, dict[str, Any]] = {
     "lora": {"num_mini_batches": 2},
     "vapo": {
         "preset": "vapo",
+        "num_generations": 1,
         "value_warmup_updates": 1,
         "value_learning_rate": 3e-4,
         "value_max_grad_norm": 0.2,
