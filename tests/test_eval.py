@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from tiny import CHAT_TEMPLATE, make_checkpoint, make_tokenizer
@@ -280,6 +281,23 @@ def test_a_run_is_measured_as_its_trainer_did(runs, kind: str, tmp_path: Path, c
     assert before["kl"]["mean"] == pytest.approx(found["kl"]["mean"], rel=1e-3)
 
 
+def test_sampling_is_that_of_the_run(runs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["full"], run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings |= {"top_p": 1e-6, "min_response_length": 3, "stop_strings": ["e", "o"], "response_length": 24}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    cut = evaluate(tmp_path, run)
+    rows = read_json_lines(tmp_path / "eval.samples.jsonl")
+    greedy = evaluate(tmp_path, run, "--temperature", 0)
+    # With one token to draw from, sampling is greedy; in a support of one token every model gives it all probability.
+    assert cut["rewards"] == greedy["rewards"] and cut["length"] == greedy["length"]
+    assert cut["kl"]["mean"] == 0.0 < abs(greedy["kl"]["mean"])
+    for side in (row[name] for row in rows for name in ("reference", "policy")):
+        assert 3 <= side["completion_length"] <= 24
+        assert side["ended"] == (side["completion_length"] < 24) or side["completion"].endswith(("e", "o"))
+
+
 def test_the_moving_average_is_nearer_to_the_reference(runs, tmp_path: Path) -> None:
     found = evaluate(tmp_path, runs["lora on an adapter"], "--checkpoint", "policy_ema", "--num_generations", 4)
     last = evaluate(tmp_path, runs["lora on an adapter"], "--num_generations", 4)
@@ -343,13 +361,12 @@ def test_a_judge_that_compares_a_run(runs, judges: Path, tmp_path: Path, capsys)
 
 def test_equal_weights_are_read_and_held_once(sft, sft_adapter, runs, llama_reward, monkeypatch) -> None:
     read = []
-    for auto in (loading.AutoModelForCausalLM, loading.AutoModelForSequenceClassification):
 
-        def record(path, *args, _read=auto.from_pretrained, **kwargs):
-            read.append(Path(path).resolve())
-            return _read(path, *args, **kwargs)
+    def record(checkpoint, *args, _reader=loading._reader):
+        read.append(Path(checkpoint.path).resolve())
+        return _reader(checkpoint, *args)
 
-        monkeypatch.setattr(auto, "from_pretrained", record)
+    monkeypatch.setattr(loading, "_reader", record)
     model_args = ModelConfig()
     args = PPOConfig(sft_model_path=str(sft_adapter), reward_model_path=str(llama_reward), use_cpu=True)
     policies = [

@@ -183,7 +183,8 @@ def _completed(
     for start in track(starts, name, console=console, transient=True, disable=not console.is_terminal):
         rows = dataset[indices[start : start + settings.batch_size]]
         with autocast():
-            experience = generate(model, rows["input_ids"], settings.sampling)
+            # What a token was drawn from is for its logprobs alone, and the reference's samples have none here.
+            experience = generate(model, rows["input_ids"], settings.sampling, keep_support=name == "policy")
         yield experience, rows
 
 
