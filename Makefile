@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan evidence-learning evidence-ablations clean
+.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan evidence-parity evidence-learning evidence-ablations clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -37,6 +37,10 @@ bench-memory: $(VENV)/.installed
 # The planned peak of every phase against the measured one; fails if one is off by more than 10 %.
 bench-plan: $(VENV)/.installed
 	$(BIN)/python benchmarks/plan.py
+
+# The same numbers as TRL 1.12.0's trainer, or different on purpose: docs/evidence.md.
+evidence-parity: $(VENV)/.installed
+	$(BIN)/python benchmarks/evidence/trl_parity.py $(FLAGS)
 
 # Against TRL 1.12.0: five seeds each, about 30 minutes of one core. Results are kept in .bench/evidence and not made twice.
 evidence-learning: $(VENV)/.installed
