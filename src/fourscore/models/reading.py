@@ -8,9 +8,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.initialization import no_init_weights
 
 from fourscore.config import ModelConfig
 from fourscore.models.checkpoint import Checkpoint, safetensors_files
+from fourscore.models.threads import map_in_threads
 
 
 def read_plain(
@@ -38,7 +40,7 @@ def read_plain(
     config = copy.deepcopy(checkpoint.config)
     if auto_class is AutoModelForSequenceClassification:
         config.num_labels = 1
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = auto_class.from_config(config, attn_implementation=model_args.attn_implementation, dtype=dtype)
     tied = model.all_tied_weights_keys.keys()
     slots = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
@@ -51,13 +53,20 @@ def read_plain(
 
     for file in files:
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                _put(model, name, opened.get_slice(name)[...].to(slots[name].dtype))
+            names = list(opened.keys())
+            slices = [opened.get_slice(name) for name in names]
+            for name, tensor in zip(names, map_in_threads(_read, slices, [slots[n].dtype for n in names]), strict=True):
+                _put(model, name, tensor)
     model.tie_weights(recompute_mapping=False)
     model.config.name_or_path = checkpoint.path
     if model.can_generate():
         _read_generation_config(model, checkpoint)
     return model.eval()
+
+
+def _read(piece: Any, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = piece[...]
+    return tensor.to(dtype)
 
 
 def _compute_buffers(model: Any) -> bool:
