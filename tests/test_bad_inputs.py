@@ -21,7 +21,7 @@ import safetensors
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from tiny import CHAT_TEMPLATE, make_checkpoint, make_model, make_tokenizer
+from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_model, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -153,6 +153,23 @@ def reward_of(model_type: str, **sizes: Any) -> Callable[[], Any]:
     return make
 
 
+def without_tokenizer() -> None:
+    for file in REWARD.glob("*token*"):
+        file.unlink()
+
+
+def without_head() -> None:
+    model = make_model("bert", make_tokenizer(), "reward", **BERT)
+    model.save_pretrained(
+        REWARD, state_dict={k: v for k, v in model.state_dict().items() if not k.startswith("classifier")}
+    )
+
+
+def reward_file() -> None:
+    code = "LIMIT = 5\ndef short(completions): return []\ndef right(completions, solution): return []\n"
+    Path("mine.py").write_text(code)
+
+
 def prompts(*rows: Any) -> Callable[[], Any]:
     return write("prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -190,11 +207,11 @@ ROWS = {
         row("text for a number", "--response_length long", "--response_length: invalid int value: 'long'"),
         row(
             "completions that cannot be",
-            ["ppo", "--top_k", "1", "--top_p", "0", "--stop_strings", "Human:", "", "--min_response_length", "99"],
+            ["--top_k", "1", "--top_p", "0", "--stop_strings", "Human:", "", "--min_response_length", "99"],
             "--top_p 0.0: must be above 0 and at most 1",
             "--top_k 1: leaves one token to draw, of which nothing is learned; give more, or 0 for all",
             "--stop_strings: one of the texts is empty; leave it out",
-            "--min_response_length 99: is above --response_length 53; lower it",
+            "--min_response_length 99: is above --response_length 32; lower it",
         ),
         row("a choice there is not", "--kl_estimator k2", "--kl_estimator: invalid choice: 'k2' (choose from ...)"),
         row(
@@ -283,7 +300,7 @@ ROWS = {
         row(
             "an SFT model alone",
             ["--sft_model_path", "./sft", "--dataset_name", "prompts.jsonl"],
-            "--reward_model_path must be named too: --sft_model_path is named",
+            "--reward_model_path (or --reward_funcs, or --reward_url) must be named too: --sft_model_path is named",
         ),
         row(
             "models without prompts",
@@ -505,11 +522,25 @@ ROWS = {
             prepare=reward_of("llama", num_labels=3),
         ),
         row(
-            "an encoder as the reward model",
+            "an encoder of two labels as the reward model",
             "",
-            "--reward_model_path ./reward: model type 'bert' keeps its head in 'classifier.bias', as encoders with a "
-            "tokenizer of their own do; give a decoder reward model with the policy's tokenizer and a `score` head",
-            prepare=reward_of("bert", **BERT),
+            "--reward_model_path ./reward: has num_labels=2, a reward model has 1; give one that was trained so",
+            prepare=reward_of("bert", **BERT, num_labels=2),
+        ),
+        row(
+            "an encoder without a head",
+            "",
+            "--reward_model_path ./reward: has no trained `classifier` head, its scores would be noise; give a trained "
+            "reward model, or pass --allow_untrained_reward_head true",
+            prepare=then(reward_of("bert", **BERT), without_head),
+        ),
+        row(
+            "an encoder without a tokenizer",
+            "",
+            "--reward_model_path ./reward: BertForSequenceClassification has no linear head named 'score', as decoders "
+            "have, so it has to read text, but no tokenizer of its own is with it; copy that there, or give a reward "
+            "model with the policy's tokenizer",
+            prepare=then(reward_of("bert", **BERT), without_tokenizer),
         ),
         row(
             "a reward model of a type without a classifier",
@@ -519,26 +550,32 @@ ROWS = {
             prepare=config(REWARD, model_type="mamba"),
         ),
         row(
-            "vocabularies of two sizes",
+            "vocabularies of two sizes and no tokenizer to read text with",
             "",
-            "--reward_model_path ./reward: has a vocabulary of 320, --sft_model_path ./sft one of 300; give a reward "
-            "model with the policy's tokenizer",
-            prepare=reward_of("llama", vocab_size=320),
+            "--reward_model_path ./reward: it has a vocabulary of 320, and --sft_model_path ./sft one of 300, so it "
+            "has to read text, but no tokenizer of its own is with it; copy that there, or give a reward model with "
+            "the policy's tokenizer",
+            prepare=then(reward_of("llama", vocab_size=320), without_tokenizer),
         ),
         row(
-            "a reward model with another tokenizer",
-            "",
-            "--reward_model_path ./reward: id 2 is 'w2' there and ... in ./sft; give a reward model with the policy's "
+            "a value model with another tokenizer",
+            "--value_model_path ./reward",
+            "--value_model_path ./reward: id 2 is 'w2' there and ... in ./sft; give a value model with the policy's "
             "tokenizer",
             prepare=other_tokens,
+        ),
+        row(
+            "an encoder as the value model",
+            "--value_model_path ./bert",
+            "--value_model_path ./bert: BertForSequenceClassification has no linear head named 'score', as decoders "
+            "have, and a value model reads the policy's tokens one by one; name another with --value_model_path",
+            prepare=lambda: make_encoder("bert"),
         ),
         row(
             "a tokenizer that is larger than the embedding",
             "",
             "--sft_model_path ./sft: 10 tokens of the tokenizer ./sft (..., ...) are beyond its 290 embedding rows; "
             "give the tokenizer it was trained with (--model_name_or_path)",
-            "--reward_model_path ./reward: has a vocabulary of 300, --sft_model_path ./sft one of 290; give a reward "
-            "model with the policy's tokenizer",
             prepare=config(SFT, vocab_size=290),
         ),
         row(
@@ -563,6 +600,91 @@ ROWS = {
             "--top_k 301 --stop_token_id 5 300",
             "--stop_token_id 300: the policy knows no such id; give one below 300",
             "--top_k 301: the policy knows 300 tokens; give fewer, or 0 for all",
+        ),
+    ],
+    "Rewards": [
+        row(
+            "a file that is missing",
+            "--reward_funcs mine.py:short",
+            "--reward_funcs mine.py:short: there is no such file",
+        ),
+        row(
+            "a module that is missing",
+            "--reward_funcs no_such.rewards:short",
+            "--reward_funcs no_such.rewards:short: no_such.rewards cannot be imported (ModuleNotFoundError: No module "
+            "named 'no_such')",
+        ),
+        row(
+            "a file without a function's name",
+            "--reward_funcs mine.py",
+            "--reward_funcs mine.py: names no function; give mine.py:NAME",
+        ),
+        row(
+            "a function that is not in the file",
+            "--reward_funcs mine.py:shrt",
+            "--reward_funcs mine.py:shrt: mine.py has no 'shrt': did you mean short?",
+            prepare=reward_file,
+        ),
+        row(
+            "a file that breaks",
+            "--reward_funcs mine.py:short",
+            "--reward_funcs mine.py:short: mine.py cannot be imported (NameError: name 'np' is not defined, in line 2 "
+            "of ./mine.py)",
+            prepare=write("mine.py", "LIMIT = 5\nHALF = np.divide(LIMIT, 2)\n"),
+        ),
+        row(
+            "something that is not a function",
+            "--reward_funcs mine.py:LIMIT",
+            "--reward_funcs mine.py:LIMIT: LIMIT is a int, not a function",
+            prepare=reward_file,
+        ),
+        row(
+            "a function that asks for a column there is not",
+            "--reward_funcs mine.py:right",
+            "--reward_funcs mine.py:right: asks for 'solution', which is neither a column of the prompts (they have no "
+            "other) nor one of prompts, completions, completion_ids, trainer_state, log_extra, log_metric",
+            prepare=reward_file,
+        ),
+        row(
+            "a checkpoint that is missing",
+            "--reward_funcs ./none",
+            "--reward_funcs ./none: no such folder; give a checkpoint folder or a hub id (owner/name)",
+        ),
+        row(
+            "a causal LM as a further reward model",
+            "--reward_funcs ./sft",
+            "--reward_funcs ./sft: has no trained `score` head, its scores would be noise; give a trained reward "
+            "model, or pass --allow_untrained_reward_head true",
+        ),
+        row(
+            "two weights for three rewards",
+            "--reward_funcs mine.py:short mine.py:short --reward_weights 1 2",
+            "--reward_weights 1 2: there are 3 rewards (reward model, reward_funcs, reward_url, in this order); give a "
+            "weight for each",
+            prepare=reward_file,
+        ),
+        row(
+            "a server that does not run",
+            "--reward_url http://127.0.0.1:9/",
+            "--reward_url http://127.0.0.1:9/: nobody answers there (...); start the server first",
+        ),
+        row(
+            "an address of another kind",
+            "--reward_url localhost:5000",
+            "--reward_url localhost:5000: must start with http:// or https://",
+        ),
+        row(
+            "a buffer that is longer than a completion",
+            "--overlong_buffer 6",
+            "--overlong_buffer 6: is above --response_length 5; lower it",
+        ),
+        row(
+            "bounds that are none",
+            "--score_clip 0 --missing_eos_penalty -1 --reward_timeout 0 --center_scores -1",
+            "--missing_eos_penalty -1.0: must be above 0",
+            "--reward_timeout 0.0: must be above 0",
+            "--score_clip 0.0: must be above 0",
+            "--center_scores -1: must not be negative",
         ),
     ],
     "Adapters, quantization, attention, dtype": [

@@ -129,7 +129,10 @@ def test_bad_flags(flags, message, capsys):
     ("flags", "message"),
     [
         (MODELS[:4], "--dataset_name must be named too"),
-        (MODELS[:2] + MODELS[4:], "--reward_model_path must be named too: --sft_model_path is named"),
+        (
+            MODELS[:2] + MODELS[4:],
+            "--reward_model_path (or --reward_funcs, or --reward_url) must be named too: --sft_model_path is named",
+        ),
         (MODELS[2:], "--sft_model_path must be named too: --reward_model_path is named"),
         (["--model_name_or_path", "base", *MODELS[4:]], "--model_name_or_path names the tokenizer only"),
     ],

@@ -94,20 +94,25 @@ def test_several_labels(monkeypatch, llama_policy, tmp_path):
 def test_encoder_reward(monkeypatch, llama_policy, tmp_path):
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForSequenceClassification(BertConfig(vocab_size=300, num_labels=1, **size)).save_pretrained(tmp_path)
-    _refused(monkeypatch, llama_policy, tmp_path, "'bert' keeps its head in 'classifier.*policy's tokenizer")
+    _refused(
+        monkeypatch, llama_policy, tmp_path, "has no linear head named 'score'.*no tokenizer of its own is with it"
+    )
 
 
 def test_other_vocabulary_size(monkeypatch, llama_policy, tmp_path):
     path = make_checkpoint("llama", tmp_path, "reward", vocab_size=280)
-    _refused(monkeypatch, llama_policy, path, "vocabulary of 280, --sft_model_path .* one of 300")
+    for file in path.glob("*token*"):
+        file.unlink()
+    _refused(monkeypatch, llama_policy, path, "vocabulary of 280, and --sft_model_path .* one of 300")
 
 
-def test_same_size_other_tokens(monkeypatch, llama_policy, tmp_path):
+def test_same_size_other_tokens(llama_policy, tmp_path):
     path = make_checkpoint("llama", tmp_path, "reward")
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(path)
-    _refused(monkeypatch, llama_policy, path, r"id 2 is 'w2' there and .* the policy's tokenizer")
+    args = PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(path))
+    assert checks.check_models(ModelConfig(), args).reward_tokenizer.eos_token == "w1"
 
 
 def test_tokenizer_longer_than_the_embedding(monkeypatch, llama_reward, tmp_path):
@@ -158,11 +163,11 @@ def test_weights_missing_from_the_policy(llama_reward, tmp_path):
 
 def test_checks_take_no_time(llama_policy, llama_reward):
     start = time.time()
-    policy, reward = checks.check_models(
+    found = checks.check_models(
         ModelConfig(), PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(llama_reward))
     )
     assert time.time() - start < 2
-    assert policy.dtype == reward.dtype == torch.float32 and policy.embedding_rows == 300
+    assert found.sft.dtype == found.reward.dtype == torch.float32 and found.sft.embedding_rows == 300
 
 
 def test_all_that_is_wrong_is_said_at_once(monkeypatch, llama_policy, tmp_path):
@@ -249,7 +254,7 @@ def test_reward_adapter_with_its_head(llama_policy, tmp_path):
     adapted = get_peft_model(make_model("llama", make_tokenizer(), "reward"), LoraConfig(task_type=TaskType.SEQ_CLS))
     adapted.peft_config["default"].base_model_name_or_path = str(llama_policy)
     adapted.save_pretrained(tmp_path)
-    _, reward = checks.check_models(
+    reward = checks.check_models(
         ModelConfig(), PPOConfig(sft_model_path=str(llama_policy), reward_model_path=str(tmp_path))
-    )
+    ).reward
     assert reward.adapter is not None and reward.path == str(llama_policy)

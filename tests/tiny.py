@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -125,5 +128,43 @@ def make_checkpoint(
     if not safe_serialization:
         torch.save(model.state_dict(), path / "pytorch_model.bin")
         (path / "model.safetensors").unlink()
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_encoder(dir: str | Path, *, seed: int = 0, num_labels: int = 1, **cfg: Any) -> Path:
+    """Writes a BERT with a `classifier` head and a WordPiece tokenizer of its own to `dir`, and returns the path."""
+    path = Path(dir)
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(33, 127)]
+    words = sorted({word for line in _TEXT for word in line.lower().split()} - set(letters))
+    vocab = {piece: i for i, piece in enumerate([*specials, *letters, *(f"##{c}" for c in letters), *words])}
+    tokenizer = BertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=64)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = sizes | {"vocab_size": len(vocab), "max_position_embeddings": 64, "initializer_range": 0.2} | cfg
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(BertConfig(num_labels=num_labels, **settings))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_other_decoder(dir: str | Path, *, seed: int = 0, chat_template: str | None = None, **cfg: Any) -> Path:
+    """Writes a decoder reward model with a vocabulary of whole words to `dir`, and returns the path."""
+    path = Path(dir)
+    words = sorted({word for line in _TEXT for word in line.split()})
+    pieces = dict.fromkeys(["<unk>", "<eos>", "<pad>", "<bos>", *words, "user", "assistant", ":"])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>", model_max_length=64
+    )
+    tokenizer.chat_template = chat_template
+    make_model("llama", tokenizer, "reward", seed, **cfg).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -215,6 +215,7 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
         value_model=models.value_model,
         train_dataset=checked.train_dataset,
         eval_dataset=checked.eval_dataset,
+        reward_processing_class=models.reward_tokenizer,
     )
     trainer.run_config = [script_args, training_args, model_args]
     trainer.train(resume_from_checkpoint=resume)

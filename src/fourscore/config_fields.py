@@ -47,7 +47,8 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "reward_model_path": _changed(
             "Reward and value model: a sequence classifier with one label, hub name or folder.",
-            "Default: the checkpoint that ships with fourscore (TRL: EleutherAI/pythia-160m).",
+            "Default: the checkpoint that ships with fourscore if sft_model_path is open, too, and there is no other "
+            "reward (TRL: EleutherAI/pythia-160m). With another tokenizer than the policy's it is given text.",
         ),
         "model_adapter_name": _honoured("Name of the adapter to train, for a policy with several."),
         "ref_adapter_name": _honoured("Name of the adapter that is the reference, for a policy with several."),
@@ -83,7 +84,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "reward_timeout": _changed("Seconds that a reward server may take for an answer.", "Not in TRL."),
         "reward_retries": _changed("Times that a request to a reward server is repeated.", "Not in TRL."),
-        "reward_concurrency": _changed("Requests, or async reward functions' batches, at a time.", "Not in TRL."),
+        "reward_concurrency": _changed("Requests to a reward server at a time, per process.", "Not in TRL."),
         "reward_batch_size": _changed("Samples in a request to a reward server.", "Not in TRL."),
         "missing_eos_penalty": _honoured("Taken off the score of a completion without its stop token."),
         "length_penalty": _changed("Taken off the score for each completion token.", "Not in TRL."),

@@ -338,16 +338,21 @@ def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
 def _check_together(given: argparse.Namespace, trains: bool) -> None:
     """Refuse flags that leave open which models or prompts are meant: the shipped ones go with each other only."""
     missing = [name for name in ("sft_model_path", "reward_model_path") if getattr(given, name) is None]
+    if given.reward_funcs or given.reward_url:
+        missing = [name for name in missing if name != "reward_model_path"]
     shipped = (None, str(demo.POLICY), str(demo.REWARD))
     named = [
         name
-        for name in ("model_name_or_path", "sft_model_path", "reward_model_path")
+        for name in ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path")
         if getattr(given, name) not in shipped
     ]
     if named and missing:
         flags = " and ".join(f"--{name}" for name in missing)
-        why = "--model_name_or_path names the tokenizer only" if len(missing) == 2 else f"--{named[-1]} is named"
-        raise FourscoreError(f"{flags} must be named too: {why}")
+        why = f"--{named[-1]} is named"
+        if named == ["model_name_or_path"]:
+            why = "--model_name_or_path names the tokenizer only"
+        hint = " (or --reward_funcs, or --reward_url)" if "reward_model_path" in missing else ""
+        raise FourscoreError(f"{flags}{hint} must be named too: {why}")
     if named and given.dataset_name is None and (trains or given.eval_dataset_name is None):
         flag = "dataset_name" if trains else "eval_dataset_name"
         raise FourscoreError(f"--{flag} must be named too: the prompts for your models")

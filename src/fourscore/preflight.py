@@ -17,6 +17,7 @@ from fourscore.errors import Findings, FourscoreError
 from fourscore.models.checks import Inspected, check_length, inspect_models, is_targeted, linear_names, lora_config
 from fourscore.parallel import is_sharded
 from fourscore.ppo.optim import optimization, state_bytes
+from fourscore.rewards.build import check_rewards
 from fourscore.runs import directory
 from fourscore.runs.checkpoint import check_resumable
 
@@ -75,6 +76,9 @@ def preflight(
         else:
             train, held_out = load_prompts(script_args, args, models.tokenizer)
     with findings.collect():
+        columns = None if train is None else [c for c in train.column_names if c not in ("input_ids", "prompt")]
+        check_rewards(args, model_args, columns)
+    with findings.collect():
         args.resolve_batches(1 if train is None else len(train), args.world_size or 1)
     if train is not None:
         longest = max(longest_prompt(dataset) for dataset in (train, held_out) if dataset is not None)
@@ -93,7 +97,7 @@ def preflight(
 
 
 def check_lengths(models: Inspected, longest: int, response_length: int, findings: Findings) -> None:
-    """Hold the longest prompt and a full completion against the positions that SFT and reward checkpoint have.
+    """Hold the longest prompt and a full completion against the positions that models of the policy's tokens have.
 
     Args:
         models: the checkpoints.
@@ -101,7 +105,10 @@ def check_lengths(models: Inspected, longest: int, response_length: int, finding
         response_length: most tokens of a completion.
         findings: takes errors and warnings.
     """
-    for checkpoint, role in ((models.sft, "policy"), (models.reward, "reward_model")):
+    reads_tokens = [(models.sft, "policy"), (models.value, "value_model")]
+    if models.reward_tokenizer is None:
+        reads_tokens.insert(1, (models.reward, "reward_model"))
+    for checkpoint, role in reads_tokens:
         skeleton = models.skeletons.get(role)
         if checkpoint is None or skeleton is None:
             continue
@@ -174,7 +181,7 @@ def trained_parameters(
     models: Inspected,
     args: "PPOConfig",
     model_args: "ModelConfig",
-    roles: tuple[str, ...] = ("policy", "reward_model"),
+    roles: tuple[str, ...] = ("policy", "value_model"),
 ) -> int | None:
     """How many parameters of policy and value model train, and so are saved; None if that is not known.
 
@@ -182,7 +189,7 @@ def trained_parameters(
         models: the skeletons.
         args: `--value_training`.
         model_args: the adapter.
-        roles: skeletons to count; the value model's is that of the reward model.
+        roles: skeletons to count.
     """
     total = 0
     try:
@@ -190,10 +197,12 @@ def trained_parameters(
     except FourscoreError:
         return None
     for role in roles:
+        if role == "value_model" and args.share_value_backbone:
+            continue  # a head on the policy
         model = models.skeletons.get(role)
         if model is None:
             return None
-        if config is None or (role == "reward_model" and args.value_training == "full"):
+        if config is None or (role == "value_model" and args.value_training == "full"):
             total += sum(parameter.numel() for parameter in model.parameters())
             continue
         targets = config.target_modules

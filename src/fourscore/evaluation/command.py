@@ -42,7 +42,9 @@ from fourscore.preflight import check_lengths
 from fourscore.rewards.build import build_rewards
 from fourscore.rewards.function import Function
 from fourscore.rewards.model import TokenModel, score
+from fourscore.rewards.samples import Reward
 from fourscore.rewards.scorer import check_weights, distinct
+from fourscore.rewards.text_model import TextModel
 from fourscore.rollout.sampling import Sampling
 from fourscore.runs import directory
 from fourscore.runs.logs import set_up_logging
@@ -93,6 +95,7 @@ class Subject:
         prompts: tokenized.
         stop_ids: ids that end a completion.
         judge: None without one.
+        reward_tokenizer: of a reward model that reads text.
     """
 
     reference: Frozen
@@ -102,6 +105,7 @@ class Subject:
     prompts: Dataset
     stop_ids: tuple[int, ...]
     judge: Function | PairJudge | None
+    reward_tokenizer: Any | None = None
 
 
 def run(argv: list[str]) -> int:
@@ -261,11 +265,12 @@ def _check(
     findings.raise_errors()
     assert models.sft is not None and policy is not None and prompts is not None
     ensure_pad_token(models.tokenizer, models.sft.embedding_rows)
-    if models.reward is not None:
-        models.reward.config.num_labels = 1
+    if models.reward is not None and models.reward_tokenizer is None:
         ensure_safe_pad(models.reward.config, models.tokenizer)
     reference = Frozen(models.sft, frozen_dtype(models.sft, model_args))
-    return Subject(reference, policy, models.reward, models.tokenizer, prompts, stop_ids, judge)
+    return Subject(
+        reference, policy, models.reward, models.tokenizer, prompts, stop_ids, judge, models.reward_tokenizer
+    )
 
 
 def _inspect_policy(
@@ -307,8 +312,12 @@ def _compare(options: Options, subject: Subject, args: PPOConfig, model_args: Mo
     if args.bf16 or torch.bfloat16 in dtypes:
         autocast = partial(torch.autocast, args.device.type, dtype=torch.bfloat16)
     size = args.local_rollout_forward_batch_size
-    model = None if reward_model is None else TokenModel(lambda experience: score(reward_model, experience, size))
-    rewards = build_rewards(args, model)
+    model: Reward | None = None
+    if subject.reward_tokenizer is not None:
+        model = TextModel(reward_model, subject.reward_tokenizer, size)
+    elif reward_model is not None:
+        model = TokenModel(lambda experience: score(reward_model, experience, size))
+    rewards = build_rewards(args, model, args.device)
     weights = args.reward_weights or [1.0] * len(rewards)
     check_weights(len(rewards), weights)
     names = distinct([reward.name for reward in rewards])

@@ -52,6 +52,9 @@ def add_frozen_adapter(model: nn.Module, adapter: Adapter, name: str) -> PeftMod
         FourscoreError: the adapter is of another model.
     """
     state = load_peft_weights(adapter.path, device="cpu", revision=adapter.revision)
+    # A value model on a causal LM's adapter has no output layer for what that may hold of one.
+    lacking = OUTPUT_LAYERS - {part for name, _ in model.named_modules() for part in name.split(".")}
+    state = {key: tensor for key, tensor in state.items() if lacking.isdisjoint(key.split("."))}
     saved, rest = _split_saved_modules(model, state)
     for target, tensor in saved.items():
         owner = model.get_submodule(target.rpartition(".")[0])
@@ -98,7 +101,8 @@ def wrap_frozen(model: nn.Module, peft_config: PeftConfig, name: str) -> PeftMod
     _without_dropout(config)
     freeze(model)
     # A sequence classifier of PEFT's would add its head to what the adapter trains.
-    wrapper = PeftModelForCausalLM if config.task_type == TaskType.CAUSAL_LM else PeftModel
+    causal = config.task_type == TaskType.CAUSAL_LM and hasattr(model, "prepare_inputs_for_generation")
+    wrapper = PeftModelForCausalLM if causal else PeftModel
     config.task_type = TaskType.CAUSAL_LM if wrapper is PeftModelForCausalLM else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

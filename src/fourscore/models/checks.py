@@ -4,6 +4,7 @@ import copy
 import difflib
 import filecmp
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -33,11 +34,13 @@ from fourscore.config import get_peft_config, get_quantization_config
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.adapters import HEAD, OUTPUT_LAYERS
 from fourscore.models.checkpoint import Checkpoint, TensorHeader, find_checkpoint
-from fourscore.models.layout import frozen_dtype
-from fourscore.models.tokenizer import load_tokenizer
+from fourscore.models.layout import Layout, decide_layout, frozen_dtype, value_start
+from fourscore.models.tokenizer import first_conflict, load_tokenizer
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig
+
+logger = logging.getLogger(__name__)
 
 _OTHER_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "RewardModel")
 _LINEAR = (nn.Linear, Conv1D)
@@ -51,37 +54,46 @@ class Inspected:
 
     Attributes:
         sft: the SFT checkpoint.
-        reward: the reward checkpoint.
+        reward: the reward checkpoint; None, too, where none is named.
         tokenizer: the policy's, as its files have it.
-        skeletons: `policy` and `reward_model` on the meta device.
+        skeletons: `policy`, `reward_model` and `value_model` on the meta device; the latter two may be one, and a value
+            model that is a head on the policy has none.
+        value: the checkpoint that `--value_model_path` names.
+        reward_tokenizer: the reward checkpoint's own, if it reads text: its tokens are not the policy's.
     """
 
     sft: Checkpoint | None
     reward: Checkpoint | None
     tokenizer: PreTrainedTokenizerBase | None
     skeletons: Mapping[str, nn.Module]
+    value: Checkpoint | None = None
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def layout(self, model_args: "ModelConfig", training_args: "PPOConfig", *, on_cpu: bool) -> Layout:
+        """Who shares what; only without errors."""
+        assert self.sft is not None
+        reads_text = self.reward_tokenizer is not None
+        return decide_layout(
+            self.sft, self.reward, model_args, training_args, on_cpu=on_cpu, reads_text=reads_text, value=self.value
+        )
 
 
-def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> tuple[Checkpoint, Checkpoint]:
-    """Looks at the SFT and the reward checkpoint and refuses what cannot be trained.
-
-    Returns:
-        The SFT checkpoint and the reward checkpoint.
+def check_models(model_args: "ModelConfig", training_args: "PPOConfig") -> Inspected:
+    """Looks at the checkpoints and refuses what cannot be trained.
 
     Raises:
         FourscoreError: a line for each reason, with the flag, its value and the way out.
     """
     findings = Findings()
-    sft, reward, _ = _inspect_pair(model_args, training_args, findings)
+    inspected = inspect_models(model_args, training_args, findings)
     findings.raise_errors()
-    assert sft is not None and reward is not None
-    return sft, reward
+    return inspected
 
 
 def inspect_models(
     model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings, *, trains: bool = True
 ) -> Inspected:
-    """What `check_models` and `check_vocabulary` do, with the tokenizer loaded and every error noted.
+    """What `check_models` does, with every error noted.
 
     Args:
         model_args: which checkpoints, and how they are to be loaded.
@@ -89,63 +101,149 @@ def inspect_models(
         findings: takes errors and warnings.
         trains: False where the models are to compute only, so that nothing has to be fit to train.
     """
-    sft, reward, skeletons = _inspect_pair(model_args, training_args, findings, trains)
+    check_quantization(model_args, training_args, findings, trains)
+    on_cpu = training_args.use_cpu or not torch.accelerator.is_available()
+    model_args = _usable_attention(model_args, on_cpu, findings)
+
+    def find(flag: str, path: str | None) -> Checkpoint | None:
+        return None if path is None else find_checkpoint(flag, str(path), model_args, findings)
+
+    sft = find("--sft_model_path", training_args.sft_model_path)
+    reward = find("--reward_model_path", training_args.reward_model_path)
+    value = find("--value_model_path", training_args.value_model_path if trains else None)
     tokenizer = None
     source = model_args.model_name_or_path or (None if sft is None else tokenizer_place(sft))
     if source is not None:
         flag = "--model_name_or_path" if model_args.model_name_or_path else "--sft_model_path"
         with findings.collect():
             tokenizer = load_tokenizer(source, model_args.model_revision, model_args.trust_remote_code, flag)
-    if tokenizer is not None and sft is not None:
-        with findings.collect():
-            check_stop_token(training_args, tokenizer, sft.embedding_rows)
-        with findings.collect():
-            check_top_k(training_args, sft.embedding_rows)
-        if reward is not None:
-            with findings.collect():
-                check_vocabulary(tokenizer, str(source), sft, reward, model_args)
-    elif sft is not None and reward is not None:
-        with findings.collect():
-            _check_vocabulary_size(sft, reward)
-    return Inspected(sft, reward, tokenizer, skeletons)
 
-
-def _inspect_pair(
-    model_args: "ModelConfig", training_args: "PPOConfig", findings: Findings, trains: bool = True
-) -> tuple[Checkpoint | None, Checkpoint | None, dict[str, nn.Module]]:
-    check_quantization(model_args, training_args, findings, trains)
-    on_cpu = training_args.use_cpu or not torch.accelerator.is_available()
-    model_args = _usable_attention(model_args, on_cpu, findings)
-    sft = find_checkpoint("--sft_model_path", str(training_args.sft_model_path), model_args, findings)
-    reward = None
-    if training_args.reward_model_path is None:
-        findings.error("--reward_model_path must be named: --sft_model_path is")
-    else:
-        reward = find_checkpoint("--reward_model_path", training_args.reward_model_path, model_args, findings)
     skeletons: dict[str, nn.Module] = {}
     if sft is not None:
         with findings.collect():
             check_policy(sft)
             skeletons["policy"] = build_skeleton(sft, AutoModelForCausalLM, model_args)
             check_adapter_fits(sft, skeletons["policy"])
+    if sft is not None and tokenizer is not None:
+        with findings.collect():
+            check_stop_token(training_args, tokenizer, sft.embedding_rows)
+        with findings.collect():
+            check_top_k(training_args, sft.embedding_rows)
+        with findings.collect():
+            _check_beyond_rows(tokenizer, str(source), sft)
+    reward_tokenizer = None
     if reward is not None:
         with findings.collect():
-            _check_reward_type(reward)
-            with findings.collect():
-                check_reward(reward, model_args.allow_untrained_reward_head)
-            skeletons["reward_model"] = build_skeleton(reward, AutoModelForSequenceClassification, model_args)
-            check_adapter_fits(reward, skeletons["reward_model"])
+            skeletons["reward_model"] = skeleton = check_reward(reward, model_args, findings)
+            check_adapter_fits(reward, skeleton)
+            if sft is not None and (why := reads_text(reward, skeleton, sft, tokenizer, str(source), model_args)):
+                reward_tokenizer = tokenizer_of(reward, model_args)
+                if reward_tokenizer is None:
+                    raise FourscoreError(
+                        f"{reward.named}: {why}, so it has to read text, but no tokenizer of its own is with it; "
+                        "copy that there, or give a reward model with the policy's tokenizer"
+                    )
+                logger.info("%s reads text: %s", reward.named, why)
     if not trains:
-        return sft, reward, skeletons
-    _check_freeze_layers(model_args, training_args, [c for c in (sft, reward) if c is not None], findings)
-    for checkpoint, full in ((sft, False), (reward, training_args.value_training == "full")):
+        return Inspected(sft, reward, tokenizer, skeletons, None, reward_tokenizer)
+    named_value = value
+    if sft is None:
+        value = value or reward  # as far as one can tell
+    elif reward is not None or training_args.reward_model_path is None:
+        value = value_start(sft, reward, reads_text=reward_tokenizer is not None, value=value)
+    if training_args.share_value_backbone:
+        pass  # the value model is a head on the policy
+    elif value is reward and "reward_model" in skeletons:
+        skeletons["value_model"] = skeletons["reward_model"]
+    elif value is not None and value is not reward and sft is not None:
+        with findings.collect():
+            skeletons["value_model"] = _value_skeleton(value, sft, tokenizer, str(source), model_args)
+    used = {id(c): c for c in (sft, value) if c is not None}
+    _check_freeze_layers(model_args, training_args, list(used.values()), findings)
+    for checkpoint, full in ((sft, False), (value, training_args.value_training == "full")):
         if checkpoint is not None:
             with findings.collect():
                 _check_trainable(checkpoint, full, model_args)
-            _check_dtype(checkpoint, model_args, on_cpu, findings)
+    for checkpoint in {id(c): c for c in (sft, reward, value) if c is not None}.values():
+        _check_dtype(checkpoint, model_args, on_cpu, findings)
     if model_args.use_peft:
-        check_lora(model_args, training_args, sft, reward, skeletons, findings)
-    return sft, reward, skeletons
+        check_lora(model_args, training_args, sft, value, skeletons, findings)
+    return Inspected(sft, reward, tokenizer, skeletons, named_value, reward_tokenizer)
+
+
+def _value_skeleton(
+    start: Checkpoint,
+    sft: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    model_args: "ModelConfig",
+) -> nn.Module:
+    """The value model that starts elsewhere than from the reward checkpoint, on the meta device."""
+    config = start.config
+    if (
+        config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        and "AutoModelForSequenceClassification" not in (getattr(config, "auto_map", None) or {})
+    ):
+        raise FourscoreError(
+            f"{start.named}: transformers has no sequence classifier of model type {config.model_type!r}, which the "
+            "value model would be; name another with --value_model_path"
+        )
+    skeleton = build_skeleton(start, AutoModelForSequenceClassification, model_args)
+    if not isinstance(getattr(skeleton, HEAD, None), nn.Linear):
+        raise FourscoreError(
+            f"{start.named}: {type(skeleton).__name__} has no linear head named {HEAD!r}, as decoders have, and a "
+            "value model reads the policy's tokens one by one; name another with --value_model_path"
+        )
+    if start is not sft:
+        check_adapter_fits(start, skeleton)
+        labels = _labels(dict(start.tensors or {}))
+        if labels not in (None, 1):
+            raise FourscoreError(f"{start.named}: has num_labels={labels}, a value model has 1; give another")
+        why = _other_tokens(start, sft, tokenizer, source, model_args)
+        if why is not None:
+            raise FourscoreError(f"{start.named}: {why}; give a value model with the policy's tokenizer")
+    return skeleton
+
+
+def reads_text(
+    reward: Checkpoint,
+    skeleton: nn.Module,
+    sft: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    model_args: "ModelConfig",
+) -> str | None:
+    """Why a reward model cannot read the policy's tokens; None where it can.
+
+    Args:
+        reward: the reward checkpoint.
+        skeleton: its model.
+        sft: the SFT checkpoint.
+        tokenizer: the policy's; None if that could not be had.
+        source: where it came from.
+        model_args: revision and `trust_remote_code` of the reward checkpoint's tokenizer.
+    """
+    if not isinstance(getattr(skeleton, HEAD, None), nn.Linear):
+        return f"{type(skeleton).__name__} has no linear head named {HEAD!r}, as decoders have"
+    return _other_tokens(reward, sft, tokenizer, source, model_args)
+
+
+def _other_tokens(
+    checkpoint: Checkpoint,
+    sft: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    model_args: "ModelConfig",
+) -> str | None:
+    """How the tokens of a checkpoint differ from the policy's; None if they do not."""
+    if tokenizer is not None and not _same_tokenizer(checkpoint.path, source):
+        other = tokenizer_of(checkpoint, model_args)
+        if other is not None and (conflict := first_conflict(tokenizer, other)) is not None:
+            theirs, mine = other.convert_ids_to_tokens(conflict), tokenizer.convert_ids_to_tokens(conflict)
+            return f"id {conflict} is {theirs!r} there and {mine!r} in {source}"
+    if checkpoint.embedding_rows != sft.embedding_rows:
+        return f"it has a vocabulary of {checkpoint.embedding_rows}, and {sft.named} one of {sft.embedding_rows}"
+    return None
 
 
 def check_quantization(
@@ -203,7 +301,8 @@ def check_policy(policy: Checkpoint) -> None:
         raise FourscoreError(f"{policy.named}: model type {config.model_type!r} is not a causal LM; give one")
 
 
-def _check_reward_type(reward: Checkpoint) -> None:
+def check_reward_type(reward: Checkpoint) -> None:
+    """Refuses what transformers has no sequence classifier for."""
     config = reward.config
     auto_map = getattr(config, "auto_map", None) or {}
     if (
@@ -216,32 +315,63 @@ def _check_reward_type(reward: Checkpoint) -> None:
         )
 
 
-def check_reward(reward: Checkpoint, allow_untrained_head: bool) -> None:
-    """Refuses what is not a decoder with a trained `score` head of one label."""
+def check_reward(reward: Checkpoint, model_args: "ModelConfig", findings: Findings) -> nn.Module:
+    """Refuses what is not a sequence classifier with a trained head of one label.
+
+    Args:
+        reward: the reward checkpoint.
+        model_args: attention, `allow_untrained_reward_head`.
+        findings: takes what is wrong with the head.
+
+    Returns:
+        its model on the meta device.
+
+    Raises:
+        FourscoreError: there is no such model.
+    """
+    check_reward_type(reward)
+    error: FourscoreError | None = None
+    try:
+        skeleton = build_skeleton(reward, AutoModelForSequenceClassification, model_args)
+    except FourscoreError as caught:
+        if model_args.attn_implementation is None:
+            raise
+        error = caught
+        plain = copy.copy(model_args)
+        plain.attn_implementation = None
+        skeleton = build_skeleton(reward, AutoModelForSequenceClassification, plain)
+    with findings.collect():
+        _check_head(reward, skeleton, model_args.allow_untrained_reward_head)
+    if error is not None:
+        raise error
+    return skeleton
+
+
+def _check_head(reward: Checkpoint, skeleton: nn.Module, allow_untrained_head: bool) -> None:
     config = reward.config
     added = (reward.adapter.tensors if reward.adapter is not None else None) or {}
-    weights = None if reward.weights is None else reward.weights | added.keys()
-    if weights is not None and not has_score(weights):
-        head = next(
-            (name for name in sorted(weights) if name.split(".")[0] in ("classifier", "classification_head")), None
-        )
-        if head is not None:
-            raise FourscoreError(
-                f"{reward.named}: model type {config.model_type!r} keeps its head in {head!r}, as encoders with a "
-                "tokenizer of their own do; give a decoder reward model with the policy's tokenizer and a `score` head"
-            )
-        if not allow_untrained_head:
-            raise FourscoreError(untrained_head_message(reward.named))
+    tensors = dict(reward.tensors or {}) | {_plain_name(name): tensor for name, tensor in added.items()}
+    backbone = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    head = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if not name.startswith(backbone)}
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if weights is None and not classifier and not allow_untrained_head:
-        raise FourscoreError(untrained_head_message(reward.named))
-    labels = _labels(dict(reward.tensors or {}) | dict(added))
+    # Tensors of a causal LM's file may lack the backbone's prefix; those of a head have none anyway.
+    trained = classifier if reward.weights is None else head.keys() <= tensors.keys() or has_score(tensors)
+    if not trained and not allow_untrained_head:
+        raise FourscoreError(untrained_head_message(reward.named, min(head, default=HEAD).split(".")[0]))
+    labels = next(
+        (tensors[name].shape[0] for name, shape in head.items() if name in tensors and tensors[name].shape != shape),
+        _labels(tensors),
+    )
     if labels is None:
-        labels = config.num_labels if classifier else 1
+        labels = config.num_labels if classifier and HEAD in {name.split(".")[0] for name in head} else 1
     if labels != 1:
         raise FourscoreError(
             f"{reward.named}: has num_labels={labels}, a reward model has 1; give one that was trained so"
         )
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _labels(tensors: Mapping[str, TensorHeader]) -> int | None:
@@ -367,7 +497,7 @@ def check_lora(
     model_args: "ModelConfig",
     training_args: "PPOConfig",
     sft: Checkpoint | None,
-    reward: Checkpoint | None,
+    start: Checkpoint | None,
     skeletons: Mapping[str, nn.Module],
     findings: Findings,
 ) -> None:
@@ -377,7 +507,7 @@ def check_lora(
         config = lora_config(model_args)
     if config is None:
         return
-    policy, value = skeletons.get("policy"), skeletons.get("reward_model")
+    policy, value = skeletons.get("policy"), skeletons.get("value_model")
     if training_args.value_training == "full":
         value = None
     if policy is not None:
@@ -392,7 +522,7 @@ def check_lora(
             with findings.collect():
                 _check_targets(there, value)
     if config.target_modules is None and not config.target_parameters:
-        for checkpoint, model in ((sft, policy), (reward, value)):
+        for checkpoint, model in ((sft, policy), (start, value)):
             if checkpoint is not None and model is not None:
                 with findings.collect():
                     _check_default_targets(checkpoint, model)
@@ -495,54 +625,21 @@ def tokenizer_place(sft: Checkpoint) -> str:
     return sft.given if brings else sft.path
 
 
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, source: str, policy: Checkpoint, reward: Checkpoint, model_args: "ModelConfig"
-) -> None:
-    """Refuses ids that would mean different tokens to policy and reward model, or have no embedding.
-
-    Args:
-        tokenizer: before a pad token is added to it.
-        source: where it came from.
-        policy: the SFT checkpoint.
-        reward: the reward checkpoint.
-        model_args: revision and trust_remote_code of the reward checkpoint's tokenizer.
-
-    Raises:
-        FourscoreError: a line for each of the two.
-    """
-    findings = Findings()
+def _check_beyond_rows(tokenizer: PreTrainedTokenizerBase, source: str, policy: Checkpoint) -> None:
+    """Refuses a tokenizer (before a pad token is added to it) with ids that have no embedding."""
     rows = policy.embedding_rows
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
     if beyond and beyond != [tokenizer.pad_token]:
-        findings.error(
+        raise FourscoreError(
             f"{policy.flag} {policy.path}: {len(beyond)} tokens of the tokenizer {source} ({beyond[0]!r}, ...) are "
             f"beyond its {rows} embedding rows; give the tokenizer it was trained with (--model_name_or_path)"
         )
-    other = None if _same_tokenizer(reward.path, source) else _tokenizer_of(reward, model_args)
-    if other is not None and (conflict := _first_conflict(tokenizer, other)) is not None:
-        theirs, mine = other.convert_ids_to_tokens(conflict), tokenizer.convert_ids_to_tokens(conflict)
-        findings.error(
-            f"{reward.named}: id {conflict} is {theirs!r} there and {mine!r} in {source}; "
-            "give a reward model with the policy's tokenizer"
-        )
-    else:
-        with findings.collect():
-            _check_vocabulary_size(policy, reward)
-    findings.raise_errors()
 
 
 def _same_tokenizer(one: str, other: str) -> bool:
     """Whether two places hold the same tokenizer, so that the second need not be loaded."""
     mine, theirs = (Path(place) / "tokenizer.json" for place in (one, other))
     return one == other or (mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False))
-
-
-def _check_vocabulary_size(policy: Checkpoint, reward: Checkpoint) -> None:
-    if reward.embedding_rows != policy.embedding_rows:
-        raise FourscoreError(
-            f"{reward.named}: has a vocabulary of {reward.embedding_rows}, {policy.named} one of "
-            f"{policy.embedding_rows}; give a reward model with the policy's tokenizer"
-        )
 
 
 def check_stop_token(args: "PPOConfig", tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[int, ...]:
@@ -614,15 +711,15 @@ def has_score(names: Iterable[str]) -> bool:
     return any(f".{name}".endswith(f".{HEAD}.weight") for name in names)
 
 
-def untrained_head_message(named: str) -> str:
+def untrained_head_message(named: str, head: str = HEAD) -> str:
     """What is said of a reward checkpoint without a head."""
     return (
-        f"{named}: has no trained `score` head, its scores would be noise; give a trained reward model, or pass "
+        f"{named}: has no trained `{head}` head, its scores would be noise; give a trained reward model, or pass "
         "--allow_untrained_reward_head true"
     )
 
 
-def _tokenizer_of(reward: Checkpoint, model_args: "ModelConfig") -> PreTrainedTokenizerBase | None:
+def tokenizer_of(reward: Checkpoint, model_args: "ModelConfig") -> PreTrainedTokenizerBase | None:
     """The reward checkpoint's own tokenizer, if it has one."""
     if os.path.isdir(reward.path) and not any(Path(reward.path).glob("*token*")):
         return None
@@ -632,18 +729,6 @@ def _tokenizer_of(reward: Checkpoint, model_args: "ModelConfig") -> PreTrainedTo
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
-
-
-def _first_conflict(mine: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
-    """The lowest id that is another token in `other`; names of added tokens (a pad, a reserved one) may differ."""
-    added = mine.added_tokens_decoder.keys() | other.added_tokens_decoder.keys()
-    theirs = {index: token for token, index in other.get_vocab().items()}
-    conflicts = [
-        index
-        for token, index in mine.get_vocab().items()
-        if index not in added and theirs.get(index, token if index >= len(theirs) else None) != token
-    ]
-    return min(conflicts, default=None)
 
 
 def _line(error: Exception) -> str:

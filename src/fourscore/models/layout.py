@@ -43,6 +43,7 @@ class RoleLayout:
         adapter: a frozen adapter of the checkpoint under the role's own; unmerged.
         merged: the checkpoint's adapter is merged into the weights.
         frozen_layers: layers from the bottom, and the embedding, that do not train and are the backbone's.
+        reads_text: a reward model with a tokenizer of its own.
     """
 
     backbone: str
@@ -51,14 +52,15 @@ class RoleLayout:
     adapter: str | None = None
     merged: bool = False
     frozen_layers: int = 0
+    reads_text: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
     """Backbones by name, and the roles on them: `policy`, `ref_policy`, `reward_model`, `value_model`.
 
-    There is no `ref_policy` where the policy with its adapter off is the reference. `adapters` are the frozen ones that
-    roles stand on, by the name that they have there.
+    There is no `ref_policy` where the policy with its adapter off is the reference, and no `reward_model` where other
+    rewards take its place. `adapters` are the frozen ones that roles stand on, by the name that they have there.
     """
 
     backbones: dict[str, Backbone]
@@ -68,7 +70,8 @@ class Layout:
     def shared(self) -> dict[str, list[str]]:
         """Roles on each backbone that hold its weights themselves, not a copy of them."""
         on = {name: [r for r, role in self.roles.items() if role.backbone == name] for name in self.backbones}
-        return {name: [r for r in roles if self._holds(r)] for name, roles in on.items()}
+        held = {name: [r for r in roles if self._holds(r)] for name, roles in on.items()}
+        return {name: roles for name, roles in held.items() if roles}
 
     def _holds(self, role: str) -> bool:
         # A head stands on whatever the policy has.
@@ -77,24 +80,35 @@ class Layout:
 
 
 def decide_layout(
-    sft: Checkpoint, reward: Checkpoint, model_args: ModelConfig, training_args: PPOConfig, *, on_cpu: bool
+    sft: Checkpoint,
+    reward: Checkpoint | None,
+    model_args: ModelConfig,
+    training_args: PPOConfig,
+    *,
+    on_cpu: bool,
+    reads_text: bool = False,
+    value: Checkpoint | None = None,
 ) -> Layout:
     """Who shares what.
 
     Args:
         sft: the SFT checkpoint.
-        reward: the reward checkpoint.
+        reward: the reward checkpoint; None without a reward model.
         model_args: dtype of frozen weights, PEFT, quantization.
         training_args: `value_training`, `freeze_layers`, `share_value_backbone`.
         on_cpu: the models are to live in host memory, where files can be mapped.
+        reads_text: the reward model has another tokenizer, so that no other role can stand on it.
+        value: where the value model starts; None: from the reward checkpoint, or where that has another tokenizer or is
+            not there, from the SFT checkpoint.
     """
     peft = model_args.use_peft
     full_value = not peft or training_args.value_training == "full"
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    start = value_start(sft, reward, reads_text=reads_text, value=value)
     # Merged weights are another model's: an adapter stays beside its base wherever nothing but adapters trains.
     sft_merged = sft.adapter is not None and not peft
-    reward_merged = reward.adapter is not None and full_value
-    one = _same_weights(sft, reward) and not sft_merged and not reward_merged
+    start_merged = start.adapter is not None and full_value and not training_args.share_value_backbone
+    reward_merged = reward is not None and reward.adapter is not None and start is reward and full_value
 
     def backbone(checkpoint: Checkpoint, merged: bool) -> Backbone:
         dtype = frozen_dtype(checkpoint, model_args)
@@ -106,30 +120,65 @@ def decide_layout(
             storage = "quantized"
         return Backbone(checkpoint, dtype, storage)
 
-    names = ("base", "base") if one else ("sft", "reward")
-    backbones = {names[0]: backbone(sft, sft_merged)}
-    if not one:
-        backbones[names[1]] = backbone(reward, reward_merged)
+    def on_policys(checkpoint: Checkpoint, merged: bool) -> bool:
+        if checkpoint is sft:
+            return merged == sft_merged
+        return _same_weights(sft, checkpoint) and not sft_merged and not merged
 
-    under_policy = SFT_ADAPTER if sft.adapter is not None and not sft_merged else None
-    under_value = "reward" if reward.adapter is not None and not reward_merged else None
+    shares_reward = reward is not None and not reads_text and on_policys(reward, reward_merged)
+    base = "base" if shares_reward else "sft"
+    backbones = {base: backbone(sft, sft_merged)}
+    reward_on = base
+    if reward is not None and not shares_reward:
+        reward_on = "reward"
+        backbones[reward_on] = backbone(reward, reward_merged)
+    value_on = reward_on
+    if start is not reward:
+        value_on = base
+        if not training_args.share_value_backbone and not on_policys(start, start_merged):
+            value_on = "value"
+            backbones[value_on] = backbone(start, start_merged)
+
+    adapters: dict[str, Adapter] = {}
+
+    def below(checkpoint: Checkpoint, merged: bool, name: str) -> str | None:
+        if checkpoint.adapter is None or merged:
+            return None
+        adapters[name] = checkpoint.adapter
+        return name
+
     roles: dict[str, RoleLayout] = {}
     frozen = 0 if peft else training_args.freeze_layers
+    under_policy = below(sft, sft_merged, SFT_ADAPTER)
     if peft:
-        roles["policy"] = RoleLayout(names[0], False, "adapter", under_policy)
+        roles["policy"] = RoleLayout(base, False, "adapter", under_policy)
     else:
-        roles["policy"] = RoleLayout(names[0], True, "everything", merged=sft_merged, frozen_layers=frozen)
-        roles["ref_policy"] = RoleLayout(names[0], False, "nothing", merged=sft_merged)
-    roles["reward_model"] = RoleLayout(names[1], False, "nothing", under_value, reward_merged)
+        roles["policy"] = RoleLayout(base, True, "everything", merged=sft_merged, frozen_layers=frozen)
+        roles["ref_policy"] = RoleLayout(base, False, "nothing", merged=sft_merged)
+    if reward is not None:
+        under_reward = below(reward, reward_merged, "reward")
+        roles["reward_model"] = RoleLayout(
+            reward_on, False, "nothing", under_reward, reward_merged, reads_text=reads_text
+        )
     if training_args.share_value_backbone:
         roles["value_model"] = replace(roles["policy"], owns=False, trains="head")
     elif full_value:
-        roles["value_model"] = RoleLayout(names[1], True, "everything", merged=reward_merged, frozen_layers=frozen)
+        roles["value_model"] = RoleLayout(value_on, True, "everything", merged=start_merged, frozen_layers=frozen)
     else:
-        roles["value_model"] = RoleLayout(names[1], False, "adapter", under_value)
-    found = {under_policy: sft.adapter, under_value: reward.adapter}
-    adapters = {name: adapter for name, adapter in found.items() if name is not None and adapter is not None}
+        name = SFT_ADAPTER if start is sft else "reward" if start is reward else "value"
+        roles["value_model"] = RoleLayout(value_on, False, "adapter", below(start, False, name))
     return Layout(backbones, roles, adapters)
+
+
+def value_start(
+    sft: Checkpoint, reward: Checkpoint | None, *, reads_text: bool, value: Checkpoint | None
+) -> Checkpoint:
+    """The checkpoint that the value model starts from; arguments as for `decide_layout`."""
+    if value is not None and reward is not None and not reads_text and value.given == reward.given:
+        return reward
+    if value is not None:
+        return sft if value.given == sft.given else value
+    return sft if reward is None or reads_text else reward
 
 
 def frozen_dtype(checkpoint: Checkpoint, model_args: ModelConfig) -> torch.dtype:

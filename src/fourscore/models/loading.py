@@ -1,10 +1,11 @@
 """The four roles from two checkpoints, each read once."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -33,7 +34,7 @@ from fourscore.models.checks import Inspected, has_score, inspect_models, untrai
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
-from fourscore.models.layout import SFT_ADAPTER, Backbone, Layout, decide_layout, frozen_dtype
+from fourscore.models.layout import SFT_ADAPTER, Backbone, Layout, frozen_dtype, value_start
 from fourscore.models.quantized import stay_trainable
 from fourscore.models.reading import read_plain
 from fourscore.models.sharing import clone_owning, clone_sharing
@@ -45,6 +46,8 @@ from fourscore.runs.memory import return_freed_memory
 logger = logging.getLogger(__name__)
 
 Read = Callable[[torch.dtype], nn.Module]
+Head = Literal["trained", "zero"]
+"""Whether a `score` head that is not in the files is an error, or starts at zero."""
 
 
 @dataclass
@@ -55,15 +58,17 @@ class Models:
         tokenizer: pads on the left, with a pad token that is not EOS.
         policy: causal LM; what trains in it is fp32.
         ref_policy: frozen causal LM; None under PEFT, where the policy with its adapter off is the reference.
-        reward_model: frozen sequence classifier with one label.
+        reward_model: frozen sequence classifier with one label; None without a reward checkpoint.
         value_model: sequence classifier with one label; what trains in it is fp32, its head always does.
+        reward_tokenizer: the reward model's own, where it does not read the policy's tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     policy: Any
     ref_policy: Any | None
-    reward_model: Any
+    reward_model: Any | None
     value_model: Any
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def load_models(
@@ -73,6 +78,8 @@ def load_models(
     inspected: Inspected | None = None,
 ) -> Models:
     """Loads policy, reference, reward and value model.
+
+    Without `reward_model_path` there is no reward model; other rewards are then the trainer's affair.
 
     Everything that configs, headers and tokenizers can tell is checked first. Then each checkpoint is read once, and
     roles are built as the layout says: a frozen role keeps what was read (memory-mapped on a CPU where the file has the
@@ -95,43 +102,69 @@ def load_models(
         for warning in findings.warnings:
             logger.warning(warning)
     sft, reward, tokenizer = inspected.sft, inspected.reward, inspected.tokenizer
-    assert sft is not None and reward is not None and tokenizer is not None
+    assert sft is not None and tokenizer is not None
     if _on_cpu(training_args):
         weights = 4 * sum(math.prod(tensor.shape) for tensor in (sft.tensors or {}).values())
         return_freed_memory(weights)  # what conversion and quantization leave behind, too
     ensure_pad_token(tokenizer, sft.embedding_rows, _stop_ids(sft.config, training_args))
-    reward.config.num_labels = 1
-    for checkpoint in (sft, reward):
-        ensure_safe_pad(checkpoint.config, tokenizer)
+    reads_text = inspected.reward_tokenizer is not None
+    start = value_start(sft, reward, reads_text=reads_text, value=inspected.value)
+    for checkpoint in (sft, reward, start):
+        if checkpoint is not None and not (checkpoint is reward and reads_text):  # that one's pad is its tokenizer's
+            ensure_safe_pad(checkpoint.config, tokenizer)
 
     # Fresh adapters are drawn below: the same for the same seed, and on every process.
     set_seed(training_args.seed)
-    layout = layout or decide_layout(sft, reward, model_args, training_args, on_cpu=_on_cpu(training_args))
+    layout = layout or inspected.layout(model_args, training_args, on_cpu=_on_cpu(training_args))
     peft_config = get_peft_config(model_args)
     roles = layout.roles
-    policy_on, reward_on = roles["policy"].backbone, roles["reward_model"].backbone
+    policy_on, value_on = roles["policy"].backbone, roles["value_model"].backbone
     layers = roles["policy"].frozen_layers
     device_map = _device_map(model_args, training_args)
-    read_policy = _reader(sft, AutoModelForCausalLM, model_args, device_map)
-    read_reward = _reader(reward, AutoModelForSequenceClassification, model_args, device_map)
 
     def owned(backbone: str) -> bool:
         return any(role.owns for role in roles.values() if role.backbone == backbone)
 
-    on = layout.backbones[policy_on]
-    frozen, trained = _read(read_policy, on, owned(policy_on), roles["policy"].merged, layers)
-    trained_reward: Any | None
-    if reward_on == policy_on:
-        head = _head(reward, model_args)
-        reward_model = _classifier_on(frozen, reward, head, model_args)
-        trained_reward = None if trained is None else _classifier_on(trained, reward, head, model_args)
+    def read_classifier(checkpoint: Checkpoint, backbone: str, merged: bool, head: Head) -> tuple[Any, Any | None]:
+        read = _reader(checkpoint, AutoModelForSequenceClassification, model_args, device_map, head)
+        return _read(read, layout.backbones[backbone], owned(backbone), merged, layers)
+
+    def classifiers_on_policy(checkpoint: Checkpoint, head: Tensor) -> tuple[Any, Any | None]:
+        on_frozen = _classifier_on(frozen, checkpoint, head, model_args)
+        return on_frozen, None if trained is None else _classifier_on(trained, checkpoint, head, model_args)
+
+    read_policy = _reader(sft, AutoModelForCausalLM, model_args, device_map)
+    frozen, trained = _read(read_policy, layout.backbones[policy_on], owned(policy_on), roles["policy"].merged, layers)
+    reward_model: Any | None = None
+    trained_reward: Any | None = None
+    if (on := roles.get("reward_model")) is not None:
+        assert reward is not None
+        if on.backbone == policy_on:
+            reward_model, trained_reward = classifiers_on_policy(reward, _head(reward, model_args))
+        else:
+            reward_model, trained_reward = read_classifier(reward, on.backbone, on.merged, "trained")
+        freeze(reward_model)
+        if on.adapter is not None:
+            reward_model = add_frozen_adapter(reward_model, layout.adapters[on.adapter], on.adapter)
+
+    value: Any | None = None
+    trained_value: Any | None = None
+    on = roles["value_model"]
+    if on.trains == "head":
+        pass  # a head on the policy, as soon as that is there
+    elif start is reward:
+        value, trained_value = reward_model, trained_reward
     else:
-        on = layout.backbones[reward_on]
-        reward_model, trained_reward = _read(read_reward, on, owned(reward_on), roles["reward_model"].merged, layers)
+        if value_on == policy_on:
+            head = _stored_head(start)
+            zeros = torch.zeros(1, start.config.get_text_config().hidden_size)
+            value, trained_value = classifiers_on_policy(start, zeros if head is None else head)
+        else:
+            value, trained_value = read_classifier(start, value_on, on.merged, "zero")
+        freeze(value)
+        if on.adapter is not None:
+            value = add_frozen_adapter(value, layout.adapters[on.adapter], on.adapter)
     freeze(frozen)
-    freeze(reward_model)
-    if (below := roles["reward_model"].adapter) is not None:
-        reward_model = add_frozen_adapter(reward_model, layout.adapters[below], below)
 
     ref_policy: Any | None = None
     policy: Any
@@ -144,17 +177,19 @@ def load_models(
             policy = add_frozen_adapter(policy, layout.adapters[below], below)
         policy = add_policy_adapter(policy, peft_config)
     value_model: Any
-    if roles["value_model"].trains == "head":
+    if on.trains == "head":
         value_model = share_trunk(policy)
-    elif roles["value_model"].owns:
-        assert trained_reward is not None
-        if reward_on == policy_on and roles["policy"].owns:  # that copy is the policy's
-            trained_reward = clone_owning(trained_reward, torch.float32, bottom_parameters(trained_reward, layers))
-        value_model = _to_train(trained_reward, layers)
+    elif on.owns:
+        assert trained_value is not None
+        if value_on == policy_on and roles["policy"].owns:  # that copy is the policy's
+            trained_value = clone_owning(trained_value, torch.float32, bottom_parameters(trained_value, layers))
+        value_model = _to_train(trained_value, layers)
     else:
         assert peft_config is not None
-        value_model = add_value_adapter(clone_sharing(reward_model), peft_config)
-    score_head(reward_model)
+        value_model = add_value_adapter(clone_sharing(value) if value is reward_model else value, peft_config)
+    del value, trained_value, trained_reward
+    if reward_model is not None and not reads_text:
+        score_head(reward_model)
 
     for name, model in (
         ("policy", policy),
@@ -166,7 +201,7 @@ def load_models(
             continue
         if dropout := disable_dropout(model):
             logger.info("%s: dropout set to 0 in %d places", name, len(dropout))
-    return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train())
+    return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train(), inspected.reward_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -230,7 +265,6 @@ def load_frozen(
     freeze(reward_model)
     if reward.adapter is not None:
         reward_model = add_frozen_adapter(reward_model, reward.adapter, "reward")
-    score_head(reward_model)
     return models, reward_model.eval()
 
 
@@ -278,9 +312,11 @@ def _to_train(model: nn.Module, frozen_layers: int) -> nn.Module:
 
 def _classifier_on(causal: Any, reward: Checkpoint, head: Tensor, model_args: ModelConfig) -> nn.Module:
     """A sequence classifier over the very weights of a causal LM, with a head of its own."""
+    config = copy.deepcopy(reward.config)
+    config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
-            reward.config,
+            config,
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=model_args.trust_remote_code,
         )
@@ -299,29 +335,44 @@ def _classifier_on(causal: Any, reward: Checkpoint, head: Tensor, model_args: Mo
 
 def _head(reward: Checkpoint, model_args: ModelConfig) -> Tensor:
     """The `score` weights `[1, d]` in a checkpoint's own files, else fresh ones, which an adapter may replace."""
-    for file in safetensors_files(reward.path, reward.revision):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if has_score({name}):
-                    return opened.get_tensor(name)
+    if (head := _stored_head(reward)) is not None:
+        return head
     if reward.adapter is None:
         _untrained_head(reward.named, model_args)
     text = reward.config.get_text_config()
     return torch.randn(1, text.hidden_size) * float(getattr(text, "initializer_range", 0.02))
 
 
-def _untrained_head(named: str, model_args: ModelConfig) -> None:
+def _stored_head(checkpoint: Checkpoint) -> Tensor | None:
+    """The `score` weights `[1, d]` in a checkpoint's own files, if they are there."""
+    for file in safetensors_files(checkpoint.path, checkpoint.revision):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if has_score({name}):
+                    return opened.get_tensor(name)
+    return None
+
+
+def _untrained_head(named: str, model_args: ModelConfig, head: str = HEAD) -> None:
     if not model_args.allow_untrained_reward_head:
-        raise FourscoreError(untrained_head_message(named))
-    logger.warning("%s: the `%s` head is untrained, scores are noise", named, HEAD)
+        raise FourscoreError(untrained_head_message(named, head))
+    logger.warning("%s: the `%s` head is untrained, scores are noise", named, head)
 
 
 def _reader(
-    checkpoint: Checkpoint, auto_class: Any, model_args: ModelConfig, device_map: dict[str, Any] | None
+    checkpoint: Checkpoint,
+    auto_class: Any,
+    model_args: ModelConfig,
+    device_map: dict[str, Any] | None,
+    head: Head = "trained",
 ) -> Read:
     """A function that reads the checkpoint's weights in a dtype and refuses holes in them."""
+    config, classifies = checkpoint.config, auto_class is AutoModelForSequenceClassification
+    if classifies:
+        config = copy.deepcopy(config)
+        config.num_labels = 1
     kwargs: dict[str, Any] = {
-        "config": checkpoint.config,
+        "config": config,
         "revision": checkpoint.revision,
         "attn_implementation": model_args.attn_implementation,
         "trust_remote_code": model_args.trust_remote_code,
@@ -331,8 +382,8 @@ def _reader(
     if quantization_config is not None:
         # It says in every forward of every layer that fp32 inputs are cast.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        # GPT-NeoX's name for the output layer, which by default transformers leaves alone.
-        quantization_config.llm_int8_skip_modules.append("embed_out")
+        # GPT-NeoX's name for the output layer, which by default transformers leaves alone, and encoders' for the head.
+        quantization_config.llm_int8_skip_modules += ["embed_out", "classifier"]
         kwargs["quantization_config"] = quantization_config
     named = checkpoint.named
 
@@ -346,10 +397,13 @@ def _reader(
         except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
             raise FourscoreError(f"{named}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
         missing = set(report["missing_keys"])
-        if has_score(missing):
-            if checkpoint.adapter is None:
-                _untrained_head(named, model_args)
-            missing = {name for name in missing if not has_score({name})}
+        of_head = {name for name in missing if classifies and not name.startswith(f"{model.base_model_prefix}.")}
+        if of_head and head == "zero":
+            for parameter in score_head(model).parameters():
+                nn.init.zeros_(parameter)
+        elif of_head and checkpoint.adapter is None:
+            _untrained_head(named, model_args, min(of_head).split(".")[0])
+        missing -= of_head
         if missing:
             raise FourscoreError(f"{named}: {len(missing)} weights are missing from it, such as {min(missing)}")
         stay_trainable(model)

@@ -90,6 +90,18 @@ def spare_special_token(
     return min(candidates)[2] if candidates else None
 
 
+def first_conflict(mine: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
+    """The lowest id that is another token in `other`; names of added tokens (a pad, a reserved one) may differ."""
+    added = mine.added_tokens_decoder.keys() | other.added_tokens_decoder.keys()
+    theirs = {index: token for token, index in other.get_vocab().items()}
+    conflicts = [
+        index
+        for token, index in mine.get_vocab().items()
+        if index not in added and theirs.get(index, token if index >= len(theirs) else None) != token
+    ]
+    return min(conflicts, default=None)
+
+
 def saved_tokenizer(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreTrainedTokenizerBase:
     """The tokenizer to save beside a trained policy.
 

@@ -9,7 +9,7 @@ from torch import nn
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.errors import FourscoreError
 from fourscore.models.checks import Inspected, check_models
-from fourscore.models.layout import Layout, decide_layout
+from fourscore.models.layout import Layout
 from fourscore.parallel import is_sharded
 from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes
 from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
@@ -145,9 +145,8 @@ def make_plan(
     device = training_args.device
     on_cpu = device.type == "cpu"
     if layout is None:
-        sft, reward = (inspected.sft, inspected.reward) if inspected else check_models(model_args, training_args)
-        assert sft is not None and reward is not None
-        layout = decide_layout(sft, reward, model_args, training_args, on_cpu=on_cpu)
+        inspected = inspected or check_models(model_args, training_args)
+        layout = inspected.layout(model_args, training_args, on_cpu=on_cpu)
     world_size = world_size or training_args.world_size or 1
     if sharding is None:
         sharding = "fsdp" if is_sharded(training_args) else "none"
@@ -158,6 +157,8 @@ def make_plan(
         prompt = training_args.max_prompt_length or ASSUMED_PROMPT
         if training_args.max_prompt_length is None:
             assumptions.append(f"the longest prompt is taken to have {prompt} tokens: see --max_prompt_length")
+    if "reward_model" in layout.roles and layout.roles["reward_model"].reads_text:
+        assumptions.append("texts are taken to have as many tokens for the reward model as for the policy")
     local_batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     sizes = Sizes(
         prompt=prompt,

@@ -24,6 +24,7 @@ from fourscore.ppo.optim import build_optimizer
 from fourscore.ppo.roles import Roles, prepare_roles
 from fourscore.ppo.scoring import fill_in, scores_of
 from fourscore.ppo.update import UpdateSettings, update
+from fourscore.rewards.text_model import longest_input, text_scores
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate
 
@@ -70,7 +71,7 @@ def trace_phases(
 
     def extended(phase: str, part: str) -> int:
         few, more = low[phase].get(part, 0), high[phase].get(part, 0)
-        role = layout.roles["value_model" if part.startswith("value") else "policy"]
+        role = layout.roles[next((r for r in ("value_model", "reward_model") if part.startswith(r[:5])), "policy")]
         depth = depths[role.backbone]
         if phase == "update" and role.frozen_layers:
             depth -= role.frozen_layers - 1
@@ -107,10 +108,11 @@ def _trace(
             training_args,
             r["policy"],
             r.get("ref_policy"),
-            r["reward_model"],
+            r.get("reward_model"),
             r["value_model"],
             None,
             Parallel(device, 0, 1, False),
+            reads_text="reward_model" in layout.roles and layout.roles["reward_model"].reads_text,
         )
         rollout = _rollout(roles, training_args, sizes, Trace(fake, granule=granule), Trace(fake, granule=granule))
         support = _support_of(layout, training_args)
@@ -150,13 +152,19 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
 
 
 def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: Trace) -> dict[str, int]:
-    parts = {"reward_model": roles.reward_model, "value_model": roles.value_model, "policy": roles.policy}
-    if roles.ref_policy is not None:
-        parts["ref_policy"] = roles.ref_policy
+    parts = {"value_model": roles.value_model, "policy": roles.policy}
+    for name in ("reward_model", "ref_policy"):
+        if getattr(roles, name) is not None:
+            parts[name] = getattr(roles, name)
     handles = [without_peft(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
     try:
         with trace:
-            if fill_in(roles, e, args.temperature, sizes.rollout_batch) is None:
+            scores = fill_in(roles, e, args.temperature, sizes.rollout_batch)
+            if scores is None and roles.reads_text:
+                limit = longest_input(roles.reward_model, None)
+                texts = [{"input_ids": sample.tolist()[:limit]} for sample in e.samples()]
+                text_scores(roles.reward_model, texts, sizes.rollout_batch)
+            elif scores is None and roles.reward_model is not None:
                 scores_of(roles, e, sizes.rollout_batch)
     finally:
         for handle in handles:

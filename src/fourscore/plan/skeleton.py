@@ -27,7 +27,8 @@ class Skeleton:
     """The roles, on the meta device or fake.
 
     Attributes:
-        roles: module by role; no `ref_policy` where the policy with its adapter off is the reference.
+        roles: module by role; no `ref_policy` where the policy with its adapter off is the reference, and no
+            `reward_model` without one.
         frozen: ids of the Parameters that come from the files of a backbone, by the backbone's name.
     """
 
@@ -52,7 +53,7 @@ def build_roles(
         depth: layers, instead of those of the checkpoints.
     """
     peft_config = get_peft_config(model_args)
-    policy_layout, reward_layout = layout.roles["policy"], layout.roles["reward_model"]
+    policy_layout, reward_layout = layout.roles["policy"], layout.roles.get("reward_model")
     value_layout = layout.roles["value_model"]
     frozen: dict[str, set[int]] = {name: set() for name in layout.backbones}
     roles: dict[str, nn.Module] = {}
@@ -73,12 +74,28 @@ def build_roles(
 
     sft = hold(policy_layout, AutoModelForCausalLM)
     remember(policy_layout.backbone, sft)
-    reward = hold(reward_layout, AutoModelForSequenceClassification)
-    if reward_layout.backbone == policy_layout.backbone:
-        _share_trunk(reward, sft)
-    remember(reward_layout.backbone, reward)
-    reward = _with_adapter(reward, layout, reward_layout)
-    roles["reward_model"] = reward
+
+    def classifier(role: RoleLayout) -> nn.Module:
+        """A frozen classifier on a backbone, with the checkpoint's adapter on top."""
+        model = hold(role, AutoModelForSequenceClassification)
+        if role.backbone == policy_layout.backbone:
+            _share_trunk(model, sft)
+        remember(role.backbone, model)
+        return _with_adapter(model, layout, role)
+
+    reward: nn.Module | None = None
+    if reward_layout is not None:
+        roles["reward_model"] = reward = classifier(reward_layout)
+
+    # The value model starts from the reward model, or from a backbone of its own or the policy's (as it is before it
+    # gets an adapter).
+    from_reward = reward_layout is not None and (value_layout.backbone, value_layout.adapter) == (
+        reward_layout.backbone,
+        reward_layout.adapter,
+    )
+    value_on: nn.Module | None = reward
+    if not from_reward:
+        value_on = classifier(value_layout) if value_layout.trains == "adapter" or value_layout.frozen_layers else None
 
     if policy_layout.trains == "everything":
         policy = build(policy_layout, AutoModelForCausalLM, torch.float32)
@@ -89,9 +106,12 @@ def build_roles(
         roles["policy"] = policy
     if value_layout.trains == "everything":
         value = build(value_layout, AutoModelForSequenceClassification, torch.float32)
-        _stand_on(value, reward, value_layout.frozen_layers)
+        if value_layout.frozen_layers:
+            assert value_on is not None
+            _stand_on(value, value_on, value_layout.frozen_layers)
     elif value_layout.trains == "adapter":
-        value = add_value_adapter(clone_sharing(reward), peft_config)
+        assert value_on is not None
+        value = add_value_adapter(clone_sharing(value_on), peft_config)
     else:
         value = share_trunk(policy)
     roles["value_model"] = value

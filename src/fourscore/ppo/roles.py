@@ -48,6 +48,7 @@ class Roles:
         autocast_dtype: that it computes in, if it is on.
         replays_policy: layers at the bottom of policy and reference that scoring computes once for both.
         replays_value: layers at the bottom of value and reward model that scoring computes once for both.
+        reads_text: the reward model has a tokenizer of its own.
     """
 
     policy: Any
@@ -60,6 +61,7 @@ class Roles:
     autocast_dtype: torch.dtype | None = None
     replays_policy: int = 0
     replays_value: int = 0
+    reads_text: bool = False
 
     @property
     def value_head(self) -> nn.Linear | None:
@@ -80,6 +82,7 @@ def prepare_roles(
     value_model: Any,
     peft_config: PeftConfig | None,
     parallel: Parallel,
+    reads_text: bool = False,
 ) -> Roles:
     """Add adapters, freeze, share, switch dropout off, and move to the device; the models are changed in place.
 
@@ -92,6 +95,7 @@ def prepare_roles(
             policy's backbone, with `--share_value_backbone`.
         peft_config: wraps a plain policy, and unless `--value_training full` the value model, too.
         parallel: the processes.
+        reads_text: the reward model has a tokenizer of its own, so it may be any sequence classifier with one label.
 
     Raises:
         FourscoreError: models that cannot be these roles.
@@ -100,7 +104,7 @@ def prepare_roles(
         if value_model is not None:
             logger.warning("--share_value_backbone: the value_model that was given is not used")
         value_model = share_trunk(policy)
-    _check(policy, ref_policy, reward_model, value_model, peft_config)
+    _check(policy, ref_policy, reward_model, value_model, peft_config, reads_text)
     shared_trunk = shares_trunk(policy, value_model)
     for model in (policy, ref_policy, reward_model, value_model):
         if model is not None:
@@ -183,7 +187,8 @@ def prepare_roles(
         as_reference = partial(reference, policy, args.ref_adapter_name, args.model_adapter_name)
     layers = 0 if parallel.sharded else args.freeze_layers  # FSDP2 has given each model weights of its own
     # The reward model knows no autocast: what the value model computes under it is another number.
-    value_layers = 0 if shared_trunk or autocast_dtype is not None or reward_model is None else layers
+    of_its_own = shared_trunk or autocast_dtype is not None or reward_model is None or reads_text
+    value_layers = 0 if of_its_own else layers
     return Roles(
         policy,
         ref_policy,
@@ -195,6 +200,7 @@ def prepare_roles(
         autocast_dtype,
         replays_policy=layers if ref_policy is not None and same_bottom(policy, ref_policy, layers) else 0,
         replays_value=value_layers if value_layers and same_bottom(value_model, reward_model, value_layers) else 0,
+        reads_text=reads_text,
     )
 
 
@@ -204,7 +210,14 @@ def _stands_on(reward_model: nn.Module, value_model: nn.Module) -> bool:
     return isinstance(value_model, PeftModel) and all(id(p) in held for p in reward_model.parameters())
 
 
-def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, peft_config: PeftConfig | None) -> None:
+def _check(
+    policy: Any,
+    ref_policy: Any,
+    reward_model: Any,
+    value_model: Any,
+    peft_config: PeftConfig | None,
+    reads_text: bool,
+) -> None:
     if value_model is None:
         raise FourscoreError("value_model is missing: pass one, or set share_value_backbone.")
     if ref_policy is policy:
@@ -223,7 +236,10 @@ def _check(policy: Any, ref_policy: Any, reward_model: Any, value_model: Any, pe
             raise FourscoreError(
                 f"{name} has num_labels={labels}, but a score is one number: load it with num_labels=1."
             )
-        score_head(model)
+        if not (reads_text and model is reward_model):
+            score_head(model)
+    if reads_text:
+        others = [("value_model", value_model)]
     vocabularies = {name: model.config.get_text_config().vocab_size for name, model in [("model", policy), *others]}
     if len(set(vocabularies.values())) > 1:
         raise FourscoreError(

@@ -38,6 +38,7 @@ from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.build import build_scorer
 from fourscore.rewards.samples import Samples
 from fourscore.rewards.scorer import Rated
+from fourscore.rewards.text_model import tokenizer_of_text_model
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate, overridden_settings
 from fourscore.runs import checkpoint, directory
@@ -78,6 +79,7 @@ class PPOTrainer:
         model: policy, a causal LM, plain or PEFT.
         ref_model: reference policy. None: with PEFT the policy with its adapter off, else a frozen copy.
         reward_model: sequence classifier with one label; None where `reward_funcs` or `args.reward_url` take its place.
+            If its checkpoint has another tokenizer than the policy's, or it is an encoder, it is given text.
         train_dataset: rows with `input_ids`, or with a `prompt` that is text or a conversation.
         value_model: sequence classifier with one label. With `args.share_value_backbone` it is None (another one is
             ignored with a warning): its backbone is the policy's, and its head starts at zero.
@@ -87,7 +89,9 @@ class PPOTrainer:
         callbacks: transformers callbacks, beside the ones that `args.report_to` names.
         peft_config: adapter for the policy and, unless `args.value_training` is "full", the value model.
         reward_funcs: more rewards, after those that `args.reward_funcs` names: functions with the signature of TRL's
-            GRPO, or strings as in that flag. `docs/rewards.md` says what a function is given and may return.
+            GRPO, sequence classifiers that read text, or strings as in that flag. `docs/rewards.md` says what a
+            function is given and may return.
+        reward_processing_class: tokenizer of a reward model that reads text; None: that of its checkpoint.
 
     Raises:
         FourscoreError: settings, models or data that do not fit together.
@@ -118,6 +122,7 @@ class PPOTrainer:
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         reward_funcs: Any | None = None,
+        reward_processing_class: Any | None = None,
     ) -> None:
         self.args = args
         self.processing_class = processing_class
@@ -132,7 +137,14 @@ class PPOTrainer:
         if args.eval_strategy != "no" and self.eval_dataset is None:
             raise FourscoreError(f"--eval_strategy {args.eval_strategy} needs an eval_dataset (or use 'no').")
         self.data_collator = data_collator
-        self._check_lengths([m for m in (model, reward_model, value_model) if m is not None])
+        vocabulary = model.config.get_text_config().vocab_size
+        if reward_model is not None and reward_processing_class is None:
+            reward_processing_class = tokenizer_of_text_model(reward_model, processing_class, vocabulary)
+        reads_text = reward_model is not None and reward_processing_class is not None
+        if reads_text:
+            logger.info("the reward model reads text: its tokens are not the policy's")
+        reads_tokens = (model, None if reads_text else reward_model, value_model)
+        self._check_lengths([m for m in reads_tokens if m is not None])
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
 
         # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
@@ -141,17 +153,18 @@ class PPOTrainer:
             logger.warning(
                 "the policy's generation config is not used for rollouts, which need plain sampling: %s", overridden
             )
-        self.roles = prepare_roles(args, model, ref_model, reward_model, value_model, peft_config, self.parallel)
+        self.roles = prepare_roles(
+            args, model, ref_model, reward_model, value_model, peft_config, self.parallel, reads_text
+        )
         self.model = self.roles.policy
         self.ref_model = self.roles.ref_policy
         self.reward_model = self.roles.reward_model
         self.value_model = self.roles.value_model
-        self.scorer = build_scorer(args, self.roles, reward_funcs, self.parallel)
+        self.scorer = build_scorer(args, self.roles, reward_funcs, reward_processing_class, self.parallel)
         self._check_rewards()
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
         self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
 
-        vocabulary = self.model.config.get_text_config().vocab_size
         check_top_k(args, vocabulary)
         self.stop_ids = check_stop_token(args, processing_class, vocabulary)
         self.prompts = PromptOrder(len(self.train_dataset), args.seed if args.data_seed is None else args.data_seed)

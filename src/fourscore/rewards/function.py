@@ -154,7 +154,7 @@ def _run_file(path: Path, named: str) -> types.ModuleType:
     path = path.absolute()
     if path not in _files:
         if not path.is_file():
-            raise FourscoreError(f"{named}: there is no file {path.name} in {path.parent}")
+            raise FourscoreError(f"{named}: there is no such file")
         module = types.ModuleType(path.stem)
         module.__file__ = str(path)
         # Its neighbours can be imported, as from a script; nothing is written beside it.

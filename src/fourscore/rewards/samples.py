@@ -59,6 +59,13 @@ class Samples:
         return self._decoded([sample.tolist() for sample in self.experience.samples()])
 
     @cached_property
+    def with_special_tokens(self) -> tuple[list[str], list[str]]:
+        """Prompts and completions decoded together, and the prompts alone, with all their special tokens."""
+        decode = self._tokenizer.batch_decode
+        whole = decode([sample.tolist() for sample in self.experience.samples()], skip_special_tokens=False)
+        return whole, decode(self.experience.prompts(), skip_special_tokens=False)
+
+    @cached_property
     def completions(self) -> list[str]:
         """Texts, without special tokens."""
         return self._decoded(self.completion_ids)
