@@ -11,8 +11,8 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from tiny import CHAT_TEMPLATE, make_checkpoint, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fourscore import cli
 from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
@@ -441,6 +441,8 @@ def test_bad_flags_and_files_are_said_at_once(runs, judges, tmp_path: Path, fail
     assert "is empty" in lines[0]
     assert "no such file or folder" in failure(run, "--eval_dataset_name", tmp_path / "none.jsonl")[0]
     assert "cannot be imported" in failure(run, "--judge", "no_such_module:judge")[0]
+    lines = failure(run, "--reward_funcs", f"{judges}:length", "none.py:f", "--reward_weights", 1)
+    assert "none.py:f: there is no such file" in lines[0] and "there are 3 rewards" in lines[1]
 
 
 def test_prompts_that_were_trained_on_are_not_held_out(sft, llama_reward, prompts, failure) -> None:
@@ -492,8 +494,24 @@ def test_several_rewards_are_weighted_as_in_the_run(runs, judges: Path, tmp_path
     assert first["scores"]["length"] == len(first["completion"])
     assert first["score"] == pytest.approx(first["scores"]["reward_model"] + 0.1 * first["scores"]["length"])
     assert "weighted sum" in capsys.readouterr().out
-    assert cli.main(["eval", str(runs["lora"]), *functions[:2], "--reward_weights", "1"]) == 2
-    assert "there are 2 rewards" in capsys.readouterr().err
+
+
+def test_rewards_without_the_policys_tokens(sft, prompts, judges: Path, tmp_path: Path) -> None:
+    """An encoder, which reads text, and a function with no reward model beside it."""
+    other = make_checkpoint("llama", tmp_path / "other", seed=1)
+    flags = ["--policy_path", other, "--sft_model_path", sft, "--eval_dataset_name", prompts, "--response_length", 6]
+    encoder = make_encoder(tmp_path / "encoder")
+    found = evaluate(tmp_path, *flags, "--reward_model_path", encoder, "--use_cpu")
+    first = read_json_lines(tmp_path / "eval.samples.jsonl")[0]
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder)
+    with torch.no_grad():
+        inputs = tokenizer(first["prompt"] + first["policy"]["completion"], return_tensors="pt")
+        assert first["policy"]["scores"] == {"reward_model": pytest.approx(model(**inputs).logits.item(), abs=1e-5)}
+    assert list(found["rewards"]) == ["reward_model"]
+    found = evaluate(tmp_path, *flags, "--reward_funcs", f"{judges}:length", "--use_cpu")
+    assert list(found["rewards"]) == ["length"]
+    assert found["rewards"]["length"] == found["score"]
 
 
 def test_conversations(tmp_path: Path, llama_reward: Path, capsys) -> None:

@@ -39,11 +39,11 @@ from fourscore.models.loading import Frozen, load_frozen
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
 from fourscore.parallel import Parallel
 from fourscore.preflight import check_lengths
-from fourscore.rewards.build import build_rewards
+from fourscore.rewards.build import build_rewards, check_rewards
 from fourscore.rewards.function import Function
 from fourscore.rewards.model import TokenModel, score
 from fourscore.rewards.samples import Reward
-from fourscore.rewards.scorer import check_weights, distinct
+from fourscore.rewards.scorer import distinct
 from fourscore.rewards.text_model import TextModel
 from fourscore.rollout.sampling import Sampling
 from fourscore.runs import directory
@@ -256,12 +256,15 @@ def _check(
         if models.sft is not None:
             with findings.collect():
                 stop_ids = check_stop_token(args, models.tokenizer, models.sft.embedding_rows)
+    columns = None if prompts is None else [c for c in prompts.column_names if c not in ("input_ids", "prompt")]
+    with findings.collect():
+        check_rewards(args, model_args, columns)
     judge = None
     if options.judge is not None:
         with findings.collect():
             judge = load_judge(options.judge)
-            if isinstance(judge, Function) and prompts is not None:
-                judge.check(name for name in prompts.column_names if name not in ("input_ids", "prompt"))
+            if isinstance(judge, Function) and columns is not None:
+                judge.check(columns)
     findings.raise_errors()
     assert models.sft is not None and policy is not None and prompts is not None
     ensure_pad_token(models.tokenizer, models.sft.embedding_rows)
@@ -319,7 +322,6 @@ def _compare(options: Options, subject: Subject, args: PPOConfig, model_args: Mo
         model = TokenModel(lambda experience: score(reward_model, experience, size))
     rewards = build_rewards(args, model, args.device)
     weights = args.reward_weights or [1.0] * len(rewards)
-    check_weights(len(rewards), weights)
     names = distinct([reward.name for reward in rewards])
     return compare(
         {"reference": reference, "policy": policy},
