@@ -350,6 +350,23 @@ def test_card_of_hub_models(tmp_path: Path) -> None:
     assert "name = 'me/tuned'" in body
 
 
+def test_card_of_a_run_with_other_rewards_and_settings(tmp_path: Path) -> None:
+    settings = {"sft_model_path": "org/sft", "reward_funcs": ["/home/me/judges.py:length"], "reward_weights": [2.0]}
+    settings |= {"preset": "vapo", "top_p": 0.9, "cliprange": 0.1, "num_generations": 2, "value_warmup_updates": 0}
+    _, body = card(tmp_path, {"rewards": ["length"]}, **settings)
+    assert "`org/sft` trained with PPO against `length`, by fourscore" in body
+    for row in (
+        "preset | vapo",
+        "top_p | 0.9",
+        "num_generations | 2",
+        "cliprange_high | 0.28",
+        "reward_weights | [2.0]",
+    ):
+        assert f"| {row} |" in body
+    assert "/home/me" not in body
+    assert "dual_clip" not in body and "reward_timeout" not in body and "| top_k" not in body
+
+
 def test_card_of_local_models_tells_no_paths(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     (tmp_path / "prompts.jsonl").touch()

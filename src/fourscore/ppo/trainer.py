@@ -36,8 +36,9 @@ from fourscore.ppo.roles import prepare_roles
 from fourscore.ppo.scoring import fill_in, logprobs_of
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.build import build_scorer
-from fourscore.rewards.samples import Samples
+from fourscore.rewards.samples import Reward, Samples
 from fourscore.rewards.scorer import Rated
+from fourscore.rewards.server import Server
 from fourscore.rewards.text_model import tokenizer_of_text_model
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate, overridden_settings
@@ -750,6 +751,7 @@ class PPOTrainer:
             "base_model": self.model.config._name_or_path,
             "adapter": hasattr(self.model, "peft_config"),
             "value_head": self.roles.value_head is not None,
+            "rewards": [_told(reward) for reward in self.scorer.rewards if reward.name != "reward_model"],
             "dataset": next((c.dataset_name for c in self.run_config if hasattr(c, "dataset_name")), None),
         }
 
@@ -757,6 +759,11 @@ class PPOTrainer:
     def _one(by_role: dict[str, Any]) -> Any:
         """The policy's, which stands for all where callbacks and logs know only one."""
         return by_role["policy"]
+
+
+def _told(reward: Reward) -> str:
+    """What the model card says of a reward: its name, but of a server, which is where it is, no more than that."""
+    return "reward server" if isinstance(reward, Server) else reward.name
 
 
 class _Clock:

@@ -1,5 +1,6 @@
 """The README.md of a run directory, which is the model card when the run goes to the hub."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from fourscore import demo
+from fourscore.config_fields import GROUPS
+from fourscore.presets import FOLLOWS, PRESETS
 
 if TYPE_CHECKING:
     from fourscore.config import PPOConfig
@@ -41,6 +44,8 @@ _HYPERPARAMETERS = (
     "bf16",
     "seed",
 )
+_TOLD_APART = frozenset({"reward_funcs", "reward_url", "dataset_num_proc"})
+"""Not in the table even when set: places on the machine that trained, and what says nothing of the model."""
 _LIBRARIES = ("fourscore", "transformers", "torch", "peft", "datasets")
 
 
@@ -50,9 +55,9 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
     Args:
         args: Settings of the run, with its batch sizes resolved.
         info: What `args` does not know, every key optional: `base_model` and `reward_model` (hub name or path, where
-            they are not those that `args` names), `dataset` (hub name or path), `adapter` (bool: the saved policy is a
-            PEFT adapter), `value_head` (bool: the value model is a head on the policy), `peft` (a mapping of LoRA
-            settings to show).
+            they are not those that `args` names), `rewards` (names of rewards beside the reward model), `dataset` (hub
+            name or path), `adapter` (bool: the saved policy is a PEFT adapter), `value_head` (bool: the value model is
+            a head on the policy), `peft` (a mapping of LoRA settings to show).
         metrics: The last update's metrics. Those that are not a number are left out.
 
     Returns:
@@ -61,7 +66,7 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
     adapter = bool(info.get("adapter"))
     dataset = info.get("dataset")
     policy = str(info.get("base_model") or args.sft_model_path)
-    reward = str(info.get("reward_model") or args.reward_model_path)
+    reward = info.get("reward_model") or args.reward_model_path
     name = Path(str(args.output_dir)).resolve().name
     title = args.hub_model_id.split("/")[-1] if args.hub_model_id else name
     front_matter = ModelCardData(
@@ -74,8 +79,11 @@ def model_card(args: "PPOConfig", info: Mapping[str, Any], metrics: Mapping[str,
     ).to_yaml()
 
     start = "The SFT policy that ships with fourscore" if policy == str(demo.POLICY) else f"`{_shown(policy)}`"
-    judge = "that ships with fourscore" if reward == str(demo.REWARD) else f"`{_shown(reward)}`"
-    trained = f"{start} trained with PPO against the reward model {judge}"
+    judges = [f"`{name}`" for name in info.get("rewards") or ()]
+    if reward:
+        which = "that ships with fourscore" if str(reward) == str(demo.REWARD) else f"`{_shown(str(reward))}`"
+        judges.insert(0, f"the reward model {which}")
+    trained = f"{start} trained with PPO against {' and '.join(judges) or 'rewards of its own'}"
     if dataset:
         trained += f" on the prompts of `{_shown(dataset)}`"
     sections = [
@@ -118,8 +126,23 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 def _hyperparameters(args: "PPOConfig", info: Mapping[str, Any]) -> dict[str, str]:
     values = {name: getattr(args, name) for name in _HYPERPARAMETERS}
+    values |= {name: value for name, value in _unusual(args).items() if name not in values}
     values |= info.get("peft") or {}
     return {name: str(getattr(value, "value", value)) for name, value in values.items() if value is not None}
+
+
+def _unusual(args: "PPOConfig") -> dict[str, Any]:
+    """Settings of rewards, rollout and algorithm that are not what they are by default."""
+    found = {}
+    for field in dataclasses.fields(args):
+        if field.name in _TOLD_APART or not any(field.name in GROUPS[group] for group in ("Rewards", "Rollout", "PPO")):
+            continue
+        usual = PRESETS["n_plus"].get(field.name, field.default)
+        if field.name in FOLLOWS:
+            usual = getattr(args, FOLLOWS[field.name])
+        if getattr(args, field.name) != usual:
+            found[field.name] = getattr(args, field.name)
+    return found
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
