@@ -75,7 +75,8 @@ def _samples_table(found: Comparison, samples: int) -> Table:
 
 
 def _measures_table(found: Comparison, title: str) -> Table:
-    table = Table("", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")
     for column in (*SIDES, "policy - reference", "policy wins, %"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = dict(found.rewards)
@@ -95,9 +96,12 @@ def _measures_table(found: Comparison, title: str) -> Table:
 
 
 def _cells(row: Row) -> tuple[str, str, str]:
-    """Reference, policy and difference, to the first digit of the smaller standard error, the second if that is a 1."""
+    """Reference, policy and difference, to the first digit of the smaller standard error, the second if that is a 1.
+
+    At most three decimals, so that names have room.
+    """
     errors = [e.standard_error for e in (row.reference, row.policy) if e is not None and e.standard_error > 0]
-    decimals = min(4, max(0, -math.floor(math.log10(min(errors) / 2)))) if errors else 2
+    decimals = min(3, max(0, -math.floor(math.log10(min(errors) / 2)))) if errors else 2
 
     def shown(value: float, sign: str = "") -> str:
         return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # + 0.0: no minus before a zero
