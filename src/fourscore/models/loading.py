@@ -107,7 +107,8 @@ def load_models(
         weights = 4 * sum(math.prod(tensor.shape) for tensor in (sft.tensors or {}).values())
         return_freed_memory(weights)  # what conversion and quantization leave behind, too
     ensure_pad_token(tokenizer, sft.embedding_rows, _stop_ids(sft.config, training_args))
-    reads_text = inspected.reward_tokenizer is not None
+    reward_tokenizer = inspected.reward_tokenizer
+    reads_text = reward_tokenizer is not None
     start = value_start(sft, reward, reads_text=reads_text, value=inspected.value)
     for checkpoint in (sft, reward, start):
         if checkpoint is not None and not (checkpoint is reward and reads_text):  # that one's pad is its tokenizer's
@@ -116,6 +117,7 @@ def load_models(
     # Fresh adapters are drawn below: the same for the same seed, and on every process.
     set_seed(training_args.seed)
     layout = layout or inspected.layout(model_args, training_args, on_cpu=_on_cpu(training_args))
+    del inspected  # with its skeletons: the models can have their memory
     peft_config = get_peft_config(model_args)
     roles = layout.roles
     policy_on, value_on = roles["policy"].backbone, roles["value_model"].backbone
@@ -201,7 +203,7 @@ def load_models(
             continue
         if dropout := disable_dropout(model):
             logger.info("%s: dropout set to 0 in %d places", name, len(dropout))
-    return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train(), inspected.reward_tokenizer)
+    return Models(tokenizer, policy.train(), ref_policy, reward_model, value_model.train(), reward_tokenizer)
 
 
 @dataclass(frozen=True)
