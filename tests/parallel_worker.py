@@ -31,6 +31,7 @@ OPTIONS = {
     "early_stop_kl": 1.0,
     "stop_on_ratio": True,
     "ema_decay": 0.5,
+    "value_warmup_updates": 1,
 }
 """Of the algorithm, all that there are."""
 
@@ -112,7 +113,7 @@ def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
     trainer.save_model()
     check_sharing(trainer)
     if kind == "options":
-        assert result["objective/kl_coef"] != trainer.args.kl_coef
+        assert trainer.state.kl_coef != trainer.args.kl_coef
 
     # Weights, optimizers and schedules come back as they were: the second update is the same one again.
     resumed = make_trainer(out, world_size, sft, reward, kind)

@@ -268,7 +268,12 @@ def rounding(monkeypatch: pytest.MonkeyPatch, size: float, update: int = 2) -> N
 
 
 def test_first_ratios_are_one(tmp_path: Path) -> None:
-    for name, changes in {"full": {}, "mini": {"num_mini_batches": 2}, "trunk": {"share_value_backbone": True}}.items():
+    cases: dict[str, dict[str, Any]] = {
+        "minibatches": {"num_mini_batches": 2},
+        "trunk": {"share_value_backbone": True},
+        "support": {"top_k": 20, "top_p": 0.9, "entropy_coef": 0.1, "use_kl_loss": True, "temperature": 0.7},
+    }
+    for name, changes in cases.items():
         for row in run(tmp_path / name, stop_on_ratio=True, **changes):
             assert 0 <= row["policy/first_ratio_mean"] <= row["policy/first_ratio_max"] < 1e-4
 

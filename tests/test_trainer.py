@@ -307,6 +307,7 @@ def test_bf16_autocast_keeps_the_first_ratio_near_one(tmp_path: Path) -> None:
     trainer.train()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["val/ratio"] == pytest.approx(1, abs=2e-2)
+    assert row["policy/first_ratio_mean"] < 2e-2
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 

@@ -7,7 +7,7 @@ turns into one. Prompts stay lists of different lengths: nothing here pads.
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -260,6 +260,25 @@ def longest_prompt(dataset: datasets.Dataset) -> int:
     """Tokens of the longest prompt of a tokenized dataset."""
     batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
     return max(pc.max(pc.list_value_length(batch["input_ids"].combine_chunks())).as_py() for batch in batches)
+
+
+def prompt_ids(
+    dataset: datasets.Dataset, indices: list[int], collator: Callable[[list[dict[str, Any]]], Any] | None = None
+) -> list[list[int]]:
+    """The tokens of prompts of a tokenized dataset.
+
+    Args:
+        dataset: rows with `input_ids`.
+        indices: the rows.
+        collator: called on a list of rows; its `input_ids` are the prompts, where its `attention_mask` is 1.
+    """
+    rows = dataset.select_columns("input_ids")[indices]
+    if collator is None:
+        return rows["input_ids"]
+    batch = collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+    mask = batch.get("attention_mask")
+    ids = batch["input_ids"]
+    return [row[mask[i].bool()].tolist() if mask is not None else list(row) for i, row in enumerate(ids)]
 
 
 class PromptOrder:

@@ -17,7 +17,7 @@ from fourscore.models.forward import (
     scatter_back,
 )
 from fourscore.models.frozen_layers import recorded, replayed
-from fourscore.ppo.experience import Experience
+from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.ppo.roles import Roles
 from fourscore.rewards.model import score
 
@@ -86,6 +86,21 @@ def logprobs_of(
         autocast: makes the context of the forward passes.
     """
     return policy_of(model, experience, temperature, batch_size, autocast)[0]
+
+
+def kl_of_samples(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor:
+    """Divergence of the policy from the reference, its estimate k1 summed over each completion; `[n]` nats.
+
+    Args:
+        roles: the four models.
+        experience: samples.
+        temperature: of both.
+        batch_size: samples a forward pass.
+    """
+    ours = logprobs_of(roles.policy, experience, temperature, batch_size, roles.autocast)
+    with roles.as_reference() as reference:
+        theirs = logprobs_of(reference, experience, temperature, batch_size, roles.autocast)
+    return sum_per_sample(ours - theirs, experience.completion_lens)
 
 
 @torch.no_grad()

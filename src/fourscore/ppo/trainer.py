@@ -12,28 +12,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
-from fourscore.data import PromptOrder, longest_prompt, tokenize_prompts
+from fourscore.data import PromptOrder, longest_prompt, prompt_ids, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token, check_top_k
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
-from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
-from fourscore.ppo.experience import Experience, sum_per_sample
+from fourscore.ppo.experience import Experience
 from fourscore.ppo.first_ratio import ratio_bound, ratio_finding
 from fourscore.ppo.kl_control import adapted_kl_coef
 from fourscore.ppo.objective import objective_metrics, value_metrics
 from fourscore.ppo.optim import optimization, step_schedules
 from fourscore.ppo.roles import prepare_roles
-from fourscore.ppo.scoring import fill_in, logprobs_of
+from fourscore.ppo.scoring import fill_in, kl_of_samples
+from fourscore.ppo.targets import fill_in_targets
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.build import build_scorer
 from fourscore.rewards.samples import Reward, Samples
@@ -44,9 +41,12 @@ from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate, overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
+from fourscore.runs.clock import Clock
+from fourscore.runs.hub import upload
 from fourscore.runs.memory import peak_gib, return_freed_memory
 from fourscore.runs.metrics import JsonLines, write_json_atomic
 from fourscore.runs.progress import PPOProgress
+from fourscore.runs.samples import print_samples
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class PPOTrainer:
         earlier = state.episode  # what a resumed run had done before
         while state.global_step < state.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
-            clock = _Clock()
+            clock = Clock()
 
             before = checkpoint.rng_state(), self.scorer.state()
             indices = self._next_indices()
@@ -233,7 +233,7 @@ class PPOTrainer:
                 rewards = self._score(experience, indices)
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
-            self._advantages(experience, value_only)
+            fill_in_targets(experience, args, state.kl_coef, value_only, parallel.sum)
             with self._resumable(before):
                 metrics = self._update(experience, value_only)
             clock.lap("time/update_s")
@@ -302,25 +302,6 @@ class PPOTrainer:
             return dict(dataset.select_columns(names)[indices]) if names and indices is not None else {}
 
         return self.scorer.rate(Samples(experience, self.processing_class, rows, model_scores), self.state)
-
-    @torch.no_grad()
-    def _advantages(self, experience: Experience, value_only: bool) -> None:
-        """Fill in KL, rewards, advantages and returns; those are Monte-Carlo returns where the value model warms up."""
-        args, e, reduce = self.args, experience, self.parallel.sum
-        assert e.logprobs is not None and e.ref_logprobs is not None and e.values is not None and e.scores is not None
-        e.kl = kl_estimate(e.logprobs, e.ref_logprobs, args.kl_estimator)
-        kl_coef = 0.0 if args.use_kl_loss else self.state.kl_coef
-        e.rewards = shaped_rewards(e.kl, e.scores, e.completion_lens, kl_coef)
-        if e.token_rewards is not None:
-            e.rewards = e.rewards + e.token_rewards
-        if args.whiten_rewards:
-            e.rewards = whiten(e.rewards, shift_mean=False, reduce=reduce)
-        lam, lam_value = args.lam, 1.0 if value_only else args.lam_value
-        if args.lam_alpha:
-            lam = length_adaptive_lambda(e.completion_lens, args.lam_alpha, e.values.dtype)
-        advantages, _ = gae(e.rewards, e.values, e.completion_lens, args.gamma, lam)
-        _, e.returns = gae(e.rewards, e.values, e.completion_lens, args.gamma, lam_value)
-        e.advantages = whiten(advantages, reduce=reduce) if args.whiten_advantages else advantages
 
     def _update(self, experience: Experience, value_only: bool) -> dict[str, float]:
         args = self.args
@@ -413,7 +394,7 @@ class PPOTrainer:
         table = [{"prompt": r["prompt"], "completion": r["completion"], "score": r["scores"]} for r in rows]
         self._keep_samples("eval", table)
         if self.parallel.is_main:
-            self._print(table[:SAMPLES_SHOWN])
+            print_samples(table[:SAMPLES_SHOWN], f"greedy completions after {self.state.global_step} updates")
         return table
 
     @torch.no_grad()
@@ -457,39 +438,18 @@ class PPOTrainer:
                     "ended": e.has_eos.float().tolist(),
                 }
                 if with_kl:
-                    columns["kl"] = self._sample_kl(e)
+                    size = args.local_rollout_forward_batch_size
+                    columns["kl"] = kl_of_samples(self.roles, e, args.temperature, size).tolist()
                 texts = [{"prompt": prompt, "completion": completion} for prompt, completion in self._texts(e)]
                 facts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
                 rows += [text | fact for text, fact in zip(texts, facts, strict=True)]
         unique = {row.pop("index"): row for row in parallel.gather(rows)}
         return [unique[i] for i in range(total)]
 
-    def _sample_kl(self, experience: Experience) -> list[float]:
-        """Nats from the reference, one number a completion."""
-        args, roles = self.args, self.roles
-        size = args.local_rollout_forward_batch_size
-        ours = logprobs_of(roles.policy, experience, args.temperature, size, roles.autocast)
-        with roles.as_reference() as reference:
-            theirs = logprobs_of(reference, experience, args.temperature, size, roles.autocast)
-        return sum_per_sample(ours - theirs, experience.completion_lens).tolist()
-
     def _texts(self, experience: Experience) -> list[tuple[str, str]]:
         decode = self.processing_class.batch_decode
         prompts = decode(experience.prompts(), skip_special_tokens=True)
         return list(zip(prompts, decode(experience.completions(), skip_special_tokens=True), strict=True))
-
-    def _print(self, rows: list[dict[str, Any]]) -> None:
-        table = Table(
-            "prompt", "completion", "score", title=f"greedy completions after {self.state.global_step} updates"
-        )
-        for row in rows:
-            # As plain texts: a completion such as "[/x]" is broken rich markup.
-            table.add_row(Text(row["prompt"]), Text(row["completion"]), f"{row['score']:.3f}")
-        # print, not the console, writes: rich's own output would go straight into a live progress line.
-        console = Console()
-        with console.capture() as text:
-            console.print(table)
-        print(text.get(), end="")
 
     # ------------------------------------------------------------------ files
 
@@ -527,23 +487,7 @@ class PPOTrainer:
         if kwargs:
             raise TypeError(f"push_to_hub does not take {sorted(kwargs)}")
         self.save_model()
-        if not self.parallel.is_main:
-            return None
-        from huggingface_hub import HfApi
-
-        args = self.args
-        api = HfApi(token=args.hub_token)
-        repo = api.create_repo(
-            args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo, exist_ok=True
-        )
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=args.output_dir,
-            commit_message=commit_message,
-            ignore_patterns=["checkpoint-*", ".checkpoint-*"],
-            revision=args.hub_revision,
-            run_as_future=not blocking,
-        )
+        return upload(self.args, commit_message, blocking) if self.parallel.is_main else None
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a transformers callback."""
@@ -687,15 +631,7 @@ class PPOTrainer:
         return indices[start : start + args.local_batch_size]
 
     def _prompt_ids(self, dataset: Dataset, indices: list[int]) -> list[list[int]]:
-        rows = dataset.select_columns("input_ids")[indices]
-        if self.data_collator is None:
-            return rows["input_ids"]
-        batch = self.data_collator(
-            [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        )
-        mask = batch.get("attention_mask")
-        ids = batch["input_ids"]
-        return [row[mask[i].bool()].tolist() if mask is not None else list(row) for i, row in enumerate(ids)]
+        return prompt_ids(dataset, indices, self.data_collator)
 
     def _tokenized(self, dataset: Dataset) -> Dataset:
         args = self.args
@@ -764,17 +700,3 @@ class PPOTrainer:
 def _told(reward: Reward) -> str:
     """What the model card says of a reward: its name, but of a server, which is where it is, no more than that."""
     return "reward server" if isinstance(reward, Server) else reward.name
-
-
-class _Clock:
-    """Seconds since the last lap, by name, and in all."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self.last
-        self.laps["time/total_s"] = now - self.start
-        self.last = now

@@ -155,6 +155,9 @@ def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]
     load_optimizer_states(saved["optimizers"], training.models, training.optimizers, parallel)
     for name, schedule in training.schedules.items():
         schedule.load_state_dict(saved["schedules"][name])
+        if not saved["optimizers"][name]:  # which leaves its learning rates out, too
+            for group, rate in zip(training.optimizers[name].param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
     set_rng_state(rng[parallel.rank])
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
@@ -264,11 +267,15 @@ def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
 def optimizer_states(
     models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], parallel: Parallel
 ) -> dict[str, Any]:
-    """The state of each optimizer, whole, on the main process."""
+    """The state of each optimizer, whole, on the main process; empty where a sharded one has not stepped yet."""
     if not parallel.sharded:
         return {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {name: get_optimizer_state_dict(models[name], opt, options=options) for name, opt in optimizers.items()}
+    # To have a state to look at, torch would take a step of one that has none, and Adam would count it.
+    return {
+        name: get_optimizer_state_dict(models[name], optimizer, options=options) if optimizer.state else {}
+        for name, optimizer in optimizers.items()
+    }
 
 
 def load_optimizer_states(
@@ -279,12 +286,11 @@ def load_optimizer_states(
 ) -> None:
     """Put back what `optimizer_states` gave."""
     for name, optimizer in optimizers.items():
-        if parallel.sharded:
-            set_optimizer_state_dict(
-                models[name], optimizer, states[name], options=StateDictOptions(full_state_dict=True)
-            )
-        else:
+        if not parallel.sharded:
             optimizer.load_state_dict(states[name])
+        elif states[name]:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(models[name], optimizer, states[name], options=options)
 
 
 def rng_state() -> dict[str, Any]:
