@@ -23,7 +23,11 @@ WEIGHTS = {
 
 
 def launch(out: Path, checkpoints: tuple[Path, Path], kinds: list[str], *launcher: str) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "HF_HUB_OFFLINE": "1",
+    }
     world_size = "2" if launcher else "1"
     command = [*(launcher or [sys.executable]), str(HERE / "parallel_worker.py"), str(out), world_size, ",".join(kinds)]
     command += [str(path) for path in checkpoints]

@@ -21,7 +21,11 @@ ALONE = Parallel(torch.device("cpu"), rank=0, world_size=1, sharded=False)
 
 
 def run(out: Path, checkpoints: tuple[Path, Path], adapter: str, kill_before: int = -1, resume: bool = False) -> int:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "HF_HUB_OFFLINE": "1",
+    }
     words = [out, *checkpoints, adapter, kill_before, "resume" if resume else "new"]
     command = [sys.executable, str(HERE / "run_worker.py"), *map(str, words)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
