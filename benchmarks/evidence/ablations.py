@@ -28,33 +28,32 @@ ARMS = {
     "no EOS penalty": {"changes": {"missing_eos_penalty": None}},
     "gradients not clipped": {"changes": {"max_grad_norm": 0.0}},
 }
-POINTS = (10, 20)
+FULL_SEEDS = (1, 2, 3, 4, 5)
+"""`learning.py` makes these, so that they cost nothing here, whatever `--seeds` says of the other arms."""
 
 
 def main() -> None:
     """Run, print."""
-    options = parse_common(argparse.ArgumentParser(description=__doc__))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=20, choices=Run(FULL, 0).points, help="measure after so many")
+    options = parse_common(parser)
     if options.from_json is None:
         print(machine())
-    runs = []
+    runs = [Run(FULL, seed) for seed in FULL_SEEDS]
     for seed in options.seeds:
-        runs.append(Run(FULL, seed))
-        for name, parts in ARMS.items():
-            runs.append(Run(name.replace(" ", "-"), seed, points=POINTS, **parts))
+        runs += [run_of(name, seed, options.updates) for name in ARMS]
     sft, *results = results_of(runs, {"fourscore": sys.executable}, options)
     arms: dict[str, list[Result]] = {}
     for result in results:
         arms.setdefault(result["name"], []).append(result)
     kl_coef = recipe()["kl_coef"]
-    full = {key: [figure(result, key, kl_coef) for result in arms[FULL]] for key in ("half", "score", "objective")}
-    columns = ("score, update 10", "score", "KL", "ended", "score - full", "objective - full")
-    table = new_table(f"means over {len(options.seeds)} seeds; differences with 95 %", "seeds", *columns)
+    columns = ("seeds", "score", "KL", "entropy", "ended", "score - full", "objective - full")
+    table = new_table(f"means over seeds after {options.updates} of 20 updates; differences with 95 %", *columns)
+    full = figures(arms[FULL], options.updates, kl_coef)
     for name in (FULL, *ARMS):
-        found = arms[name.replace(" ", "-")]
-        values = {key: [figure(result, key, kl_coef) for result in found] for key in full}
-        last = [result["points"][-1] for result in found]
-        row = [f"{mean(values['half']):.2f}", f"{mean(values['score']):.2f}"]
-        row += [f"{mean(point['kl'] for point in last):.2f}", f"{mean(point['ended'] for point in last):.1%}"]
+        found = arms[FULL if name == FULL else run_of(name, 0, options.updates).name]
+        values = figures(found, options.updates, kl_coef)
+        row = [f"{mean(values[key]):.2f}" for key in ("score", "kl", "entropy")] + [f"{mean(values['ended']):.1%}"]
         if name != FULL:
             row += [str(welch(values[key], full[key])) for key in ("score", "objective")]
         table.add_row("the full recipe" if name == FULL else name, str(len(found)), *row)
@@ -63,13 +62,16 @@ def main() -> None:
     print(f"the SFT policy: score {start['score']:.2f}, standard deviation {start['score_std']:.2f}")
 
 
-def figure(result: Result, key: str, kl_coef: float) -> float:
-    """Of a run: "score" at its end, "half" the score after 10 updates, "objective" the score less what KL costs."""
-    points = {point["update"]: point for point in result["points"]}
-    if key == "half":
-        return points[POINTS[0]]["score"]
-    last = points[POINTS[-1]]
-    return last["score"] - (kl_coef * last["kl"] if key == "objective" else 0.0)
+def run_of(name: str, seed: int, updates: int) -> Run:
+    """The run of an arm: as long as it is measured for, with the learning rates of the whole recipe."""
+    return Run(f"{name.replace(' ', '-')}-{updates}", seed, points=(updates,), **ARMS[name])
+
+
+def figures(results: list[Result], updates: int, kl_coef: float) -> dict[str, list[float]]:
+    """Of the policy of each run after so many updates; "objective" is the score less what its KL costs."""
+    points = [next(point for point in result["points"] if point["update"] == updates) for result in results]
+    values = {key: [point[key] for point in points] for key in ("score", "kl", "entropy", "ended")}
+    return values | {"objective": [point["score"] - kl_coef * point["kl"] for point in points]}
 
 
 if __name__ == "__main__":

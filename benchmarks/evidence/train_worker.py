@@ -22,7 +22,7 @@ from transformers import (
 
 
 class KeepPolicies(TrainerCallback):
-    """Saves the policy after some updates, in a folder named after the update."""
+    """Saves the policy after some updates, in a folder named after the update, and stops after the last of them."""
 
     def __init__(self, folder: Path, updates: list[int]) -> None:
         self.folder, self.updates = folder, updates
@@ -32,6 +32,7 @@ class KeepPolicies(TrainerCallback):
         if state.global_step in self.updates:
             policy = getattr(model, "policy", model)  # TRL hands over policy and value model in one
             policy.save_pretrained(self.folder / str(state.global_step))
+        control.should_training_stop |= state.global_step == max(self.updates)
 
 
 def make_trainer(job: dict[str, Any]) -> Any:

@@ -51,7 +51,7 @@ class Run:
         system: "fourscore" or "trl".
         changes: flags on top of the recipe.
         value: how the value model starts, "reward" or "sft".
-        points: updates after which the policy is measured; the last one is the end of the run.
+        points: updates after which the policy is measured; the run stops after the last one (TRL's goes on).
     """
 
     name: str
