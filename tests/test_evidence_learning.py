@@ -1,5 +1,7 @@
 """What the learning curves and ablations of docs/evidence.md stand on: intervals, equal KL, and the evaluator."""
 
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,3 +103,13 @@ def test_the_two_systems_get_the_recipe_in_steps_that_both_take() -> None:
     assert flags["per_device_train_batch_size"] // flags["num_mini_batches"] == 32
     assert flags["gradient_accumulation_steps"] == 1
     assert flags["total_episodes"] == 20 * 128
+
+
+@pytest.mark.parametrize("script", ["learning.py", "ablations.py"])
+def test_kept_results_are_shown_without_running(script: str) -> None:
+    name = script.removesuffix(".py")
+    kept = EVIDENCE / "results" / f"{name}.json"
+    command = [sys.executable, str(EVIDENCE / script), "--from_json", str(kept)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    deviation = json.loads(kept.read_text())[0]["points"][0]["score_std"]
+    assert f"{deviation:.2f}" in shown

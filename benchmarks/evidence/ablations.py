@@ -51,7 +51,9 @@ def main() -> None:
     table = new_table(f"means over seeds after {options.updates} of 20 updates; differences with 95 %", *columns)
     full = figures(arms[FULL], options.updates, kl_coef)
     for name in (FULL, *ARMS):
-        found = arms[FULL if name == FULL else run_of(name, 0, options.updates).name]
+        found = arms.get(FULL if name == FULL else run_of(name, 0, options.updates).name, [])
+        if len(found) < 2:  # not made when the results of a file were
+            continue
         values = figures(found, options.updates, kl_coef)
         row = [f"{mean(values[key]):.2f}" for key in ("score", "kl", "entropy")] + [f"{mean(values['ended']):.1%}"]
         if name != FULL:
