@@ -47,7 +47,7 @@ evidence-learning: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet "matplotlib>=3.9"
 	$(BIN)/python benchmarks/evidence/learning.py --plot .bench/evidence/learning-curves.png $(FLAGS)
 
-# What whitening, value initialisation and the like are worth: about 90 minutes of one core.
+# What whitening, value initialisation and the like are worth: about an hour of one core.
 evidence-ablations: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/ablations.py $(FLAGS)
 
