@@ -34,6 +34,10 @@ bench-load: $(VENV)/.installed
 bench-memory: $(VENV)/.installed
 	$(BIN)/python benchmarks/update_memory.py $(FLAGS)
 
+# A rollout of ragged prompts and completions, against plain generate.
+bench-rollout: $(VENV)/.installed
+	$(BIN)/python benchmarks/rollout.py $(FLAGS)
+
 # The planned peak of every phase against the measured one; fails if one is off by more than 10 %.
 bench-plan: $(VENV)/.installed
 	$(BIN)/python benchmarks/plan.py

@@ -108,6 +108,20 @@ def test_update_benchmark(cache: Path) -> None:
     assert len(measured) == 2
 
 
+def test_rollout_benchmark(cache: Path) -> None:
+    """It fails by itself if the two do not give the same tokens, of the lengths asked for."""
+    flags = ["--model", "tiny", "--pairs", "2", "--batch", "5", "--prompts", "2", "9", "--response_length", "7"]
+    command = [sys.executable, str(BENCHMARKS / "rollout.py"), *flags, "--cache", str(cache)]
+    command += ["--json", str(cache / "rollout.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((cache / "rollout.json").read_text())
+    assert all(len(times) == 2 and min(times) > 0 for times in measured["seconds"].values())
+    assert measured["ratios"]["time"][0] == pytest.approx(
+        measured["seconds"]["fourscore"][0] / measured["seconds"]["generate"][0]
+    )
+
+
 def test_a_failing_case_is_reported_and_not_repeated(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text("import sys\nprint('noise')\nprint(sys.argv[1])\nsys.exit('broken' if '1' in sys.argv[1] else 0)")

@@ -14,6 +14,8 @@ from fourscore.config import PPOConfig
 from fourscore.models.adapters import add_policy_adapter
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import completion_logprobs, rectangle
+from fourscore.rollout import transformers as rollout
+from fourscore.rollout.decode import can_decode
 from fourscore.rollout.sampling import Sampling, restrict_
 from fourscore.rollout.stopping import StopStrings
 from fourscore.rollout.transformers import generate, overridden_settings
@@ -43,6 +45,13 @@ def greedy(policy: Any, prompt: list[int], steps: int) -> list[int]:
         for _ in range(steps):
             ids.append(int(policy(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+@pytest.fixture(autouse=True, params=["decode", "generate"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own decoding, and the policy's `generate` for architectures that it does not fit."""
+    if request.param == "generate":
+        monkeypatch.setattr(rollout, "can_decode", lambda policy: False)
 
 
 # ------------------------------------------------------------------ padding and order
@@ -407,16 +416,16 @@ def test_a_text_ends_a_completion(minimum: int, temperature: float, stop_ids: tu
     e = generate(policy, prompts, sampling(batch_size=9, stop_strings=strings, eos_id=EOS, **draw))
     by_text = 0
     for completion, unstopped, ended in zip(e.completions(), free, e.has_eos.tolist(), strict=True):
-        text = texts(unstopped)
-        bounds = [len(texts(unstopped[:n])) for n in range(len(unstopped) + 1)]
+        whole = unstopped if temperature == 0 else completion  # drawn anew where rows ended
+        text = texts(whole)
+        bounds = [len(texts(whole[:n])) for n in range(len(whole) + 1)]
         finished = [i + len(stop) for stop in stops for i in range(len(text)) if text.startswith(stop, i)]
         ends = [n for n in range(1, len(bounds)) if any(bounds[n - 1] < at <= bounds[n] for at in finished)]
         ends = [n for n in ends if n >= minimum]
-        length = min([*ends, len(unstopped)])
-        assert len(completion) == length
-        assert ended == (length in ends or unstopped[length - 1] in stop_ids)
-        if temperature == 0:
-            assert completion == unstopped[:length]
+        length = min([*ends, len(whole)])
+        assert completion == whole[:length]
+        assert ended == (length in ends or whole[length - 1] in stop_ids)
+        assert ended or length == 12
         by_text += length in ends
     assert 3 < by_text < 40
 
@@ -452,3 +461,49 @@ def test_every_flag_of_the_rollout_reaches_it() -> None:
     assert draw.stop_strings is not None and draw.stop_strings.completed_by_last(TOKENIZER.encode("bc"))
     assert Sampling.of(PPOConfig(), TOKENIZER, (), 1.0).stop_strings is None
     assert not Sampling.of(PPOConfig(), TOKENIZER, (EOS,), 1.0).restricted
+
+
+# ------------------------------------------------------------------ our own decoding
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_architectures_of_our_own_decoding(arch: str) -> None:
+    policy = model(arch)
+    assert can_decode(policy) == (not arch.startswith("gemma")), "those have sliding windows"
+    adapted = add_policy_adapter(policy, LoraConfig(r=4, target_modules="all-linear"))
+    assert can_decode(adapted) == can_decode(policy)
+    assert not can_decode(model("qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=4))
+
+
+def shapes_seen(policy: Any, prompts: list[list[int]], draw: Sampling) -> tuple[Any, list[tuple[int, int]]]:
+    shapes: list[tuple[int, int]] = []
+    handle = policy.register_forward_pre_hook(
+        lambda m, a, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    grads = []
+    policy.lm_head.register_forward_hook(lambda m, a, out: grads.append(out.requires_grad))
+    e = generate(policy, prompts, draw)
+    handle.remove()
+    assert not any(grads)
+    return e, shapes
+
+
+def test_a_row_is_computed_until_its_completion_ends(request: pytest.FixtureRequest) -> None:
+    policy = model(vocab_size=16)
+    prompts = [[i, 3 + i] for i in range(12)]
+    draw = sampling(stop_ids=(0, 1, 2, 3), temperature=1.0, max_new_tokens=20, batch_size=16)
+    e, shapes = shapes_seen(policy, prompts, draw)
+    lens = e.completion_lens.tolist()
+    assert len(set(lens)) > 3
+    if "generate" in request.node.name:
+        assert shapes == [(12, 2)] + [(12, 1)] * (max(lens) - 1)
+    else:
+        assert shapes == [(12, 2)] + [(sum(n > drawn for n in lens), 1) for drawn in range(1, max(lens))]
+
+
+def test_prompts_of_like_lengths_are_read_together_and_equal_ones_once(request: pytest.FixtureRequest) -> None:
+    policy = model()
+    prompts = [[7] * 4, [5, 6] * 10, [8] * 3, [5, 6] * 10, [9] * 19, [8] * 3, [5, 6] * 10]
+    e, shapes = shapes_seen(policy, prompts, sampling(max_new_tokens=3))
+    assert e.completions() == [greedy(policy, prompt, 3) for prompt in prompts]
+    assert shapes == ([(7, 20)] if "generate" in request.node.name else [(2, 20), (2, 4)]) + [(7, 1)] * 2

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fourscore.models.support import Support
 from fourscore.rollout.stopping import StopStrings
 
 _CANDIDATES = 1024
@@ -69,6 +70,36 @@ class Sampling:
     def restricted(self) -> bool:
         """Whether some token may be drawn from a part of the vocabulary only."""
         return self.truncates or (self.min_new_tokens > 1 and bool(self.stop_ids))
+
+
+@dataclass
+class Completed:
+    """What came of a batch of prompts.
+
+    Attributes:
+        completions: token ids, in the order of the prompts.
+        ended: whether by itself, with a stop id or a text.
+        kept: where it is kept, index of the prompt and support of each token, a step after the other.
+    """
+
+    completions: list[list[int]]
+    ended: list[bool]
+    kept: list[tuple[Tensor, Support]]
+
+
+def draw(scores: Tensor, sampling: Sampling) -> Tensor:
+    """A token a row, `[b]`, from what `restrict_` made of logits `[b, vocabulary]`; the likeliest one if greedy."""
+    if sampling.temperature == 0:
+        return scores.argmax(1)
+    return torch.multinomial(scores.softmax(1), 1)[:, 0]
+
+
+def has_ended(completion: list[int], sampling: Sampling) -> bool:
+    """Whether a completion ends with its last token, by a stop id or a text."""
+    if completion[-1] in sampling.stop_ids:
+        return True
+    strings = sampling.stop_strings
+    return strings is not None and len(completion) >= sampling.min_new_tokens and strings.completed_by_last(completion)
 
 
 def restrict_(logits: Tensor, sampling: Sampling, drawn: int) -> Tensor:

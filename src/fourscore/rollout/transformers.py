@@ -1,4 +1,4 @@
-"""Rollout with the policy's own `generate`."""
+"""Rollout with the policy in this process: by `decode`, or by its own `generate` where that does not fit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fourscore.models.forward import without_peft
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
-from fourscore.rollout.sampling import Sampling, restrict_
+from fourscore.rollout.decode import can_decode, decode
+from fourscore.rollout.sampling import Completed, Sampling, has_ended, restrict_
 
 
 def generate(
@@ -36,36 +37,25 @@ def generate(
     """
     device = next(policy.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    completions: dict[int, Tensor] = {}
+    completions: dict[int, list[int]] = {}
     ended: dict[int, bool] = {}
     kept: list[tuple[Tensor, Support]] = []
-    with _only_this_config(policy, _neutral_config(sampling)) as config:
-        for start in range(0, len(order), sampling.batch_size):
-            group = order[start : start + sampling.batch_size]
-            width = max(len(prompts[i]) for i in group)
-            # generate wants prompts padded on the left; id 0 is in every vocabulary and hidden by the mask.
-            ids = torch.zeros(len(group), width, dtype=torch.long, device=device)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(group):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
-                mask[row, width - len(prompts[i]) :] = 1
-            ends = None if sampling.stop_strings is None else _Ends(sampling, len(group), width)
-            restrict = _Restrict(sampling, torch.tensor(group, device=device), width, ends, keep_support)
-            out = policy.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                synced_gpus=synced,
-                logits_processor=LogitsProcessorList([restrict] if sampling.restricted else []),
-                stopping_criteria=StoppingCriteriaList([] if ends is None else [ends]),
-            )
-            kept += restrict.kept
-            for row, (i, new) in enumerate(zip(group, out[:, width:], strict=True)):
-                length, ended[i] = _length(new, sampling) if ends is None else ends.length(row, len(new))
-                completions[i] = new[:length]
-    samples = [torch.cat([torch.tensor(p, device=device), completions[i]]) for i, p in enumerate(prompts)]
+    ours = not synced and can_decode(policy)
+    for start in range(0, len(order), sampling.batch_size):
+        group = order[start : start + sampling.batch_size]
+        some = [prompts[i] for i in group]
+        if ours:
+            found = decode(policy, some, sampling, keep_support)
+        else:
+            found = _generate(policy, some, sampling, keep_support, synced)
+        completions |= zip(group, found.completions, strict=True)
+        ended |= zip(group, found.ended, strict=True)
+        index = torch.tensor(group, device=device)
+        kept += [(index[rows], support) for rows, support in found.kept]
+    if not sampling.stop_ids and sampling.stop_strings is None:
+        ended = {i: sampling.eos_id in completion for i, completion in completions.items()}
     return Experience(
-        input_ids=torch.cat(samples),
+        input_ids=torch.tensor([t for i, prompt in enumerate(prompts) for t in prompt + completions[i]], device=device),
         prompt_lens=torch.tensor([len(p) for p in prompts], device=device),
         completion_lens=torch.tensor([len(completions[i]) for i in range(len(prompts))], device=device),
         has_eos=torch.tensor([ended[i] for i in range(len(prompts))], device=device),
@@ -94,57 +84,72 @@ def overridden_settings(policy: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in own.items() if not k.startswith(harmless) and neutral.get(k) != v}
 
 
+def _generate(
+    policy: nn.Module, prompts: list[list[int]], sampling: Sampling, keep_support: bool, synced: bool
+) -> Completed:
+    """Complete a batch of prompts, longest first, with the policy's `generate`."""
+    device = next(policy.parameters()).device
+    width = len(prompts[0])
+    # generate wants prompts padded on the left; id 0 is in every vocabulary and hidden by the mask.
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    ends = _Ends(sampling, len(prompts), width)
+    restrict = _Restrict(sampling, ends, width, keep_support)
+    with _only_this_config(policy, _neutral_config(sampling)) as config:
+        out = policy.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            synced_gpus=synced,
+            logits_processor=LogitsProcessorList([restrict] if sampling.restricted else []),
+            stopping_criteria=StoppingCriteriaList([ends]),
+        )
+    new = out[:, width:].tolist()
+    return Completed(
+        [row[:length] for row, length in zip(new, ends.lengths, strict=True)],
+        [length is not None for length in ends.lengths],
+        restrict.kept,
+    )
+
+
 class _Restrict(LogitsProcessor):
     """Draws from the restricted distribution, and keeps the support of the rows that are not done.
 
     It does temperature, top-k and top-p itself, so nothing depends on the order of processors in `generate`.
     """
 
-    def __init__(self, sampling: Sampling, samples: Tensor, width: int, ends: "_Ends | None", keep: bool) -> None:
+    def __init__(self, sampling: Sampling, ends: "_Ends", width: int, keep: bool) -> None:
         self.kept: list[tuple[Tensor, Support]] = []
-        self._sampling, self._samples, self._width, self._ends, self._keep = sampling, samples, width, ends, keep
-        self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=samples.device)
-        self._going_on = torch.ones_like(samples, dtype=torch.bool)
+        self._sampling, self._ends, self._width, self._keep = sampling, ends, width, keep
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = input_ids.shape[1] - self._width
-        scores = restrict_(scores, self._sampling, drawn)
-        if not self._keep:
-            return scores
-        if drawn and self._ends is not None:
-            self._going_on = ~self._ends.done
-        elif drawn:
-            self._going_on &= ~torch.isin(input_ids[:, -1], self._stop_ids)
-        support = Support.of(scores[self._going_on] > -torch.inf)
-        self.kept.append((self._samples[self._going_on], support))
+        scores = restrict_(scores, self._sampling, input_ids.shape[1] - self._width)
+        if self._keep:
+            rows = torch.tensor([row for row, n in enumerate(self._ends.lengths) if n is None], device=scores.device)
+            if len(rows):
+                self.kept.append((rows, Support.of(scores[rows] > -torch.inf)))
         return scores
 
 
 class _Ends(StoppingCriteria):
-    """Where the completions of a batch end, by a stop id or a text."""
+    """Where the completions of a batch end.
+
+    Attributes:
+        lengths: tokens of each row's completion, None where it goes on.
+    """
 
     def __init__(self, sampling: Sampling, rows: int, width: int) -> None:
-        assert sampling.stop_strings is not None
-        self._strings, self._sampling, self._width = sampling.stop_strings, sampling, width
-        self._lengths: list[int | None] = [None] * rows
-        self.done = torch.zeros(rows, dtype=torch.bool)
+        self.lengths: list[int | None] = [None] * rows
+        self._sampling, self._width = sampling, width
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        length = input_ids.shape[1] - self._width
-        tails = input_ids[:, self._width :][:, -self._strings.reach :].tolist()
-        for row, tail in enumerate(tails):
-            if self._lengths[row] is None and (
-                tail[-1] in self._sampling.stop_ids
-                or (length >= self._sampling.min_new_tokens and self._strings.completed_by_last(tail))
-            ):
-                self._lengths[row] = length
-        self.done = torch.tensor([n is not None for n in self._lengths], device=input_ids.device)
-        return self.done
-
-    def length(self, row: int, most: int) -> tuple[int, bool]:
-        """Tokens of the row's completion, and whether it ended before the `most` that were drawn."""
-        length = self._lengths[row]
-        return (most, False) if length is None else (length, True)
+        for row, completion in enumerate(input_ids[:, self._width :].tolist()):
+            if self.lengths[row] is None and has_ended(completion, self._sampling):
+                self.lengths[row] = len(completion)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 def _in_order(kept: list[tuple[Tensor, Support]]) -> Support | None:
@@ -161,8 +166,8 @@ def _neutral_config(sampling: Sampling) -> GenerationConfig:
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(sampling.stop_ids) or None,
-        pad_token_id=0,  # fills rows that are done; cut off again below
+        eos_token_id=None,  # see _Ends
+        pad_token_id=0,
         bos_token_id=None,
         use_cache=True,
         **(draw if sampling.temperature > 0 else {"do_sample": False}),
@@ -179,11 +184,3 @@ def _only_this_config(policy: nn.Module, config: GenerationConfig) -> Iterator[G
         yield config
     finally:
         owner.generation_config = own
-
-
-def _length(new: Tensor, sampling: Sampling) -> tuple[int, bool]:
-    """Tokens up to and with the first stop id, and whether the completion ended by itself."""
-    if not sampling.stop_ids:
-        return len(new), sampling.eos_id is not None and bool((new == sampling.eos_id).any())
-    stops = torch.isin(new, torch.tensor(sampling.stop_ids, device=new.device)).nonzero()
-    return (int(stops[0]) + 1, True) if len(stops) else (len(new), False)

@@ -1,0 +1,132 @@
+"""Time of a rollout of ragged prompts and completions, against plain `generate`: `make bench-rollout`.
+
+Prompts of log-uniform lengths, completions of uniform ones, the same for both; a hook makes the model's logits say what
+is drawn, so both do the same work and must give the same tokens. The two take turns in one process; medians of pairs.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from checkpoints import SHAPES, random_pair
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate
+
+EOS, FIRST = 0, 1000
+"""What ends a completion, and the token that sample 0 consists of; sample 1 consists of the next one, and so on."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompts", nargs=2, type=int, default=[8, 128], metavar=("LEAST", "MOST"))
+    parser.add_argument("--response_length", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cache", type=Path, default=Path(".bench"), help="for checkpoints")
+    parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    return parser.parse_args()
+
+
+class Script:
+    """Makes a policy draw sample i's own token until its completion has a given length, and EOS then."""
+
+    def __init__(self, policy: Any, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.left: list[int] = []
+        policy.register_forward_hook(self, with_kwargs=True)
+
+    def begin(self) -> None:
+        """Before each rollout."""
+        self.left = list(self.lengths)
+
+    def __call__(self, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+        """The hook."""
+        for row, token in enumerate(named["input_ids"][:, -1].tolist()):
+            sample = token - FIRST
+            if 0 <= sample < len(self.left):
+                self.left[sample] -= 1
+                output.logits[row, -1, token if self.left[sample] else EOS] = 1e4
+
+
+def plain(policy: Any, prompts: list[list[int]], response_length: int) -> list[list[int]]:
+    """Completions by the policy's `generate`, all prompts in one batch padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=policy.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
+    config = GenerationConfig(
+        max_new_tokens=response_length, do_sample=True, top_k=0, top_p=1.0, eos_token_id=EOS, pad_token_id=EOS
+    )
+    out = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
+
+
+def workload(options: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
+    """Prompts, and the length of each completion."""
+    drawn = random.Random(0)
+    least, most = (math.log(length) for length in options.prompts)
+    prompts = []
+    for sample in range(options.batch):
+        length = round(math.exp(drawn.uniform(least, most)))
+        prompts.append([*(drawn.randrange(2000, 3000) for _ in range(length - 1)), FIRST + sample])
+    return prompts, [drawn.randint(1, options.response_length) for _ in prompts]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run and print."""
+    options = parse()
+    pair = random_pair(options.cache / "models", options.model, torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(pair.policy, dtype=torch.float32).to(options.device).eval()
+    prompts, lengths = workload(options)
+    script = Script(policy, lengths)
+    sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, options.batch)
+    seconds: dict[str, list[float]] = {"generate": [], "fourscore": []}
+    busy: dict[str, list[float]] = {"generate": [], "fourscore": []}
+    for turn in range(options.pairs + 1):
+        results = []
+        for name in seconds:
+            script.begin()
+            started, worked = time.perf_counter(), time.process_time()
+            if name == "generate":
+                results.append(plain(policy, prompts, options.response_length))
+            else:
+                results.append(generate(policy, prompts, sampling).completions())
+            if turn:  # the first pair warms up
+                seconds[name].append(time.perf_counter() - started)
+                busy[name].append(time.process_time() - worked)
+        assert results[0] == results[1] and [len(c) for c in results[0]] == lengths
+    lens = [len(prompt) for prompt in prompts]
+    console = Console()
+    console.print(
+        f"{options.model}, {torch.get_num_threads()} threads: {len(prompts)} prompts of {min(lens)} to {max(lens)} "
+        f"tokens, {sum(lengths)} tokens of completions"
+    )
+    table = Table("", "seconds", "CPU seconds", "tokens/s")
+    for name, times in seconds.items():
+        middle = median(times)
+        table.add_row(name, f"{middle:.2f}", f"{median(busy[name]):.2f}", f"{sum(lengths) / middle:.0f}")
+    console.print(table)
+    ratios = {}
+    for what, measured in (("time", seconds), ("CPU time", busy)):
+        ratios[what] = [ours / theirs for theirs, ours in zip(*measured.values(), strict=True)]
+        low, high = min(ratios[what]), max(ratios[what])
+        console.print(f"{what}, of generate's: {median(ratios[what]):.2f} ({low:.2f} to {high:.2f})")
+    if options.json:
+        options.json.write_text(json.dumps({"seconds": seconds, "cpu_seconds": busy, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
