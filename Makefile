@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan evidence-parity evidence-learning evidence-ablations evidence-optimum evidence-credit clean
+.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan evidence-parity evidence-learning evidence-ablations evidence-optimum evidence-credit evidence-vapo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -55,12 +55,15 @@ evidence-learning: $(VENV)/.installed
 evidence-ablations: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/ablations.py $(FLAGS)
 
-# The best policy where it is known, and credit for one early token: 6 minutes of one core each.
+# The best policy where it is known, credit for one early token (6 minutes of one core each), what VAPO's pieces do (20).
 evidence-optimum: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/optimum.py $(FLAGS)
 
 evidence-credit: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/credit.py $(FLAGS)
+
+evidence-vapo: $(VENV)/.installed
+	$(BIN)/python benchmarks/evidence/vapo.py $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
