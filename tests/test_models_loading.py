@@ -39,16 +39,8 @@ def _learn(model):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Auto class and path of what was read, and what from_pretrained was called with."""
+    """What from_pretrained of the two auto classes was called with."""
     calls = []
-
-    def plain(checkpoint, auto_class, *args, _read=loading.read_plain):
-        model = _read(checkpoint, auto_class, *args)
-        if model is not None:
-            calls.append((auto_class.__name__, checkpoint.path, {}))
-        return model
-
-    monkeypatch.setattr(loading, "read_plain", plain)
     for auto in (loading.AutoModelForCausalLM, loading.AutoModelForSequenceClassification):
 
         def record(*args, _read=auto.from_pretrained, _name=auto.__name__, **kwargs):

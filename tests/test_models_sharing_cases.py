@@ -73,16 +73,8 @@ def reward_adapter(base, tmp_path_factory):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Checkpoints whose weights were read, by real path."""
+    """Weight files that from_pretrained or a head was read from, by real path."""
     found = []
-
-    def plain(checkpoint, *args, _read=loading.read_plain):
-        model = _read(checkpoint, *args)
-        if model is not None:
-            found.append(os.path.realpath(checkpoint.path))
-        return model
-
-    monkeypatch.setattr(loading, "read_plain", plain)
     for auto in (loading.AutoModelForCausalLM, loading.AutoModelForSequenceClassification):
 
         def record(path, *args, _read=auto.from_pretrained, **kwargs):

@@ -27,7 +27,6 @@ def no_weights_are_read(monkeypatch, request):
     def refuse(*args, **kwargs):
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(loading, "read_plain", refuse)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(loading.AutoModelForSequenceClassification, "from_pretrained", refuse)
 

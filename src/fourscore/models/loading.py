@@ -36,7 +36,6 @@ from fourscore.models.forward import score_head
 from fourscore.models.frozen_layers import adopt_bottom, bottom_parameters, freeze_bottom
 from fourscore.models.layout import SFT_ADAPTER, Backbone, Layout, frozen_dtype, value_start
 from fourscore.models.quantized import stay_trainable
-from fourscore.models.reading import read_plain
 from fourscore.models.sharing import clone_owning, clone_sharing
 from fourscore.models.tokenizer import ensure_pad_token, ensure_safe_pad
 from fourscore.models.trunk import share_trunk
@@ -391,10 +390,6 @@ def _reader(
 
     def read(dtype: torch.dtype) -> nn.Module:
         try:
-            if device_map is None and quantization_config is None:
-                plain = read_plain(checkpoint, auto_class, dtype, model_args)
-                if plain is not None:
-                    return plain
             model, report = auto_class.from_pretrained(checkpoint.path, dtype=dtype, output_loading_info=True, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
             raise FourscoreError(f"{named}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fourscore.models.threads import map_in_threads
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -37,12 +35,11 @@ def clone_owning(model: M, dtype: torch.dtype, keep: Iterable[nn.Parameter] = ()
         keep: Parameters of `model` that both are to hold.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in keep}
-    copied = [parameter for parameter in model.parameters() if id(parameter) not in memo]
-
-    def copy_of(parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().to(dtype if parameter.is_floating_point() else parameter.dtype, copy=True)
-
-    for parameter, data in zip(copied, map_in_threads(copy_of, copied), strict=True):
+    for parameter in model.parameters():
+        if id(parameter) in memo:
+            continue
+        wanted = dtype if parameter.is_floating_point() else parameter.dtype
+        data = parameter.detach().to(wanted, copy=True)
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     twin = copy.deepcopy(model, memo)
     if hasattr(twin, "config"):
