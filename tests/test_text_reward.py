@@ -242,6 +242,20 @@ def test_the_plan_counts_what_is_loaded(
         assert [on for on in plan.layout.shared().values() if "policy" in on] == [["policy", "value_model"]]
 
 
+def test_the_plan_counts_further_reward_models(llama_policy: Path, encoder: Path, tmp_path: Path) -> None:
+    half = make_encoder(tmp_path / "half", dtype=torch.bfloat16)
+    args = settings(llama_policy, encoder, reward_funcs=[str(half), str(encoder), "mine.py:f"])
+    plan = make_plan(args, ModelConfig(), prompt=8)
+    rewards = {name: role for name, role in plan.roles.items() if name.startswith("reward ")}
+    assert list(rewards) == ["reward half", f"reward {encoder.name}"]
+    count = plan.roles["reward_model"].parameters
+    assert [role.parameters for role in rewards.values()] == [count, count]
+    assert [role.weights for role in rewards.values()] == [4 * count, 0]
+    alone = make_plan(settings(llama_policy, encoder), ModelConfig(), prompt=8)
+    added = plan.peak_bytes["scoring"] - plan.baseline - (alone.peak_bytes["scoring"] - alone.baseline)
+    assert added == 4 * count
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 

@@ -132,7 +132,9 @@ def make_checkpoint(
     return path
 
 
-def make_encoder(dir: str | Path, *, seed: int = 0, num_labels: int = 1, **cfg: Any) -> Path:
+def make_encoder(
+    dir: str | Path, *, seed: int = 0, num_labels: int = 1, dtype: torch.dtype = torch.float32, **cfg: Any
+) -> Path:
     """Writes a BERT with a `classifier` head and a WordPiece tokenizer of its own to `dir`, and returns the path."""
     path = Path(dir)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -145,7 +147,7 @@ def make_encoder(dir: str | Path, *, seed: int = 0, num_labels: int = 1, **cfg: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForSequenceClassification(BertConfig(num_labels=num_labels, **settings))
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -1,5 +1,6 @@
 """The plan of a run: what each role is made of and what it takes, from configs and headers alone."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from fourscore.config import ModelConfig, PPOConfig
 from fourscore.errors import FourscoreError
+from fourscore.models.checkpoint import inspect_checkpoint
 from fourscore.models.checks import Inspected, check_models
 from fourscore.models.layout import Layout
 from fourscore.parallel import is_sharded
@@ -15,6 +17,7 @@ from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_pro
 from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
 from fourscore.plan.skeleton import Skeleton, build_roles, layers_of, logical_numel
 from fourscore.ppo.optim import state_bytes
+from fourscore.rewards.function import names_function
 
 PHASES = ("load", "rollout", "scoring", "update")
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
@@ -65,7 +68,7 @@ class Plan:
 
     Attributes:
         layout: which weights each role stands on.
-        roles: by name, in the order in which shared weights are booked.
+        roles: by name, in the order in which shared weights are booked; then further reward models.
         sizes: lengths and batches on one process.
         device: type of device that the roles live on.
         world_size: processes.
@@ -177,6 +180,7 @@ def make_plan(
             averaged = {"policy"} if training_args.ema_decay is not None else set()
             roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
         parts = trace_phases(layout, model_args, training_args, sizes, device)
+        further = _further_rewards(training_args, model_args, on_cpu)
     except FourscoreError:
         raise
     except Exception as error:
@@ -191,14 +195,18 @@ def make_plan(
     shards = world_size if sharding == "fsdp" else 1
     weights = sum(role.weights for role in roles.values())
     optimizer = sum(role.optimizer for role in roles.values())
-    held = baseline + (weights + optimizer) // shards
+    unsharded = sum(role.weights for role in further.values())
+    held = baseline + (weights + optimizer) // shards + unsharded
     gathered = 0
     if shards > 1:
         # Mapped weights are copied into shards, and a layer is gathered while the next one is on its way.
         held += sum(role.mapped for role in roles.values()) // shards
         gathered = 2 * _largest_layer(skeleton)
         roles_gradients = {"policy": roles["policy"].gradients, "value": roles["value_model"].gradients}
-    peaks = {"load": baseline + weights // shards + gathered}
+    peaks = {"load": baseline + weights // shards + unsharded + gathered}
+    roles |= further
+    if further:
+        assumptions.append("what further reward models take beside their weights is not counted")
     support = support_bytes(layout, training_args, local_batch)
     if support:
         parts["rollout"]["support"] = 2 * support  # put together and in order, beside what is held
@@ -228,6 +236,33 @@ def make_plan(
         processes_here=here,
         assumptions=tuple(assumptions),
     )
+
+
+def _further_rewards(training_args: PPOConfig, model_args: ModelConfig, on_cpu: bool) -> dict[str, RolePlan]:
+    """Checkpoints among `--reward_funcs`: each process has them whole, in fp32 on a CPU, else as they are stored."""
+    plans: dict[str, RolePlan] = {}
+    for spec in training_args.reward_funcs or ():
+        if names_function(spec):
+            continue
+        checkpoint = inspect_checkpoint("--reward_funcs", spec, model_args)
+        tensors = [t for t in (checkpoint.tensors or {}).values() if t.dtype is not None and t.dtype.is_floating_point]
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        dtype = torch.float32 if on_cpu else checkpoint.dtype or torch.float32
+        size = parameters * dtype.itemsize
+        mapped = on_cpu and checkpoint.dtype == dtype
+        name = f"reward {spec.rstrip('/').rsplit('/', 1)[-1]}"
+        plans[name] = RolePlan(
+            parameters=parameters,
+            trainable=0,
+            dtype=str(dtype).removeprefix("torch."),
+            weights=0 if mapped else size,
+            mapped=size if mapped else 0,
+            shared=0,
+            shared_with=(),
+            gradients=0,
+            optimizer=0,
+        )
+    return plans
 
 
 def _role_plans(
