@@ -1,5 +1,6 @@
 """Reward models that read text, runs without a reward model, and value models that start elsewhere."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from test_rewards import PROMPTS, config, experience, metrics, short_is_good
 from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_model, make_other_decoder, make_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, cli, load_models
 from fourscore.models.checks import check_models
@@ -337,3 +338,21 @@ def test_a_script_that_loads_its_models_itself(llama_policy: Path, encoder: Path
         bert = AutoModelForSequenceClassification.from_pretrained(encoder)
         bert.config._name_or_path = ""
         PPOTrainer(args=config(tmp_path / "b"), reward_model=bert, **parts)
+
+
+def test_the_evidence_of_another_tokenizer(llama_policy: Path, encoder: Path, tmp_path: Path) -> None:
+    """Its run and its comparison with plain transformers, on tiny models."""
+    place = Path(__file__).parents[1] / "benchmarks" / "evidence" / "cross_tokenizer.py"
+    spec = importlib.util.spec_from_file_location("cross_tokenizer", place)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = script.run(llama_policy, encoder, tmp_path / "run", updates=1, heldout=5)
+    assert len(found["updates"]) == 1 and len(found["before"]) == len(found["after"]) == 5
+    assert found["difference"] < 1e-5
+    policy = AutoModelForCausalLM.from_pretrained(llama_policy)
+    head = policy.lm_head.weight.numel()
+    assert found["weights of the value model that are the policy's"] == policy.num_parameters() - head
+    rows = [row | {"scores": row["scores"] + 1} for row in found["before"]]
+    prompts = [AutoTokenizer.from_pretrained(llama_policy)(row["prompt"])["input_ids"] for row in rows]
+    assert script.by_hand(encoder, llama_policy, prompts, rows) == pytest.approx(1, abs=1e-4)
+    assert script.ranked_right([1.0, 2.0, 3.0], [1.0, 2.0, 0.0]) == pytest.approx(1 / 3, abs=0.05)
