@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo clean
+.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan bench-rollout evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
