@@ -256,6 +256,11 @@ def _beside(tokenized: datasets.Dataset, dataset: datasets.Dataset, prompt_colum
     return datasets.concatenate_datasets([tokenized, others], axis=1)
 
 
+def other_columns(dataset: datasets.Dataset) -> list[str]:
+    """Columns of a tokenized dataset beside the prompt, which reward functions are given."""
+    return [name for name in dataset.column_names if name not in ("input_ids", "prompt")]
+
+
 def longest_prompt(dataset: datasets.Dataset) -> int:
     """Tokens of the longest prompt of a tokenized dataset."""
     batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.integrations import get_reporting_integration_callbacks
 
-from fourscore.data import load_prompts, longest_prompt, read_prompts
+from fourscore.data import load_prompts, longest_prompt, other_columns, read_prompts
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.checks import Inspected, check_length, inspect_models, is_targeted, linear_names, lora_config
 from fourscore.parallel import is_sharded
@@ -76,8 +76,7 @@ def preflight(
         else:
             train, held_out = load_prompts(script_args, args, models.tokenizer)
     with findings.collect():
-        columns = None if train is None else [c for c in train.column_names if c not in ("input_ids", "prompt")]
-        check_rewards(args, model_args, columns)
+        check_rewards(args, model_args, None if train is None else other_columns(train))
     with findings.collect():
         args.resolve_batches(1 if train is None else len(train), args.world_size or 1)
     if train is not None:

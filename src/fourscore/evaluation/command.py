@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fourscore import demo
 from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
-from fourscore.data import load_held_out, longest_prompt
+from fourscore.data import load_held_out, longest_prompt, other_columns
 from fourscore.errors import Findings, FourscoreError
 from fourscore.evaluation.compare import Comparison, Settings, compare
 from fourscore.evaluation.judge import PairJudge, load_judge
@@ -256,7 +256,7 @@ def _check(
         if models.sft is not None:
             with findings.collect():
                 stop_ids = check_stop_token(args, models.tokenizer, models.sft.embedding_rows)
-    columns = None if prompts is None else [c for c in prompts.column_names if c not in ("input_ids", "prompt")]
+    columns = None if prompts is None else other_columns(prompts)
     with findings.collect():
         check_rewards(args, model_args, columns)
     judge = None

@@ -74,21 +74,19 @@ class Experience:
 
     def select(self, indices: Tensor) -> Self:
         """The samples at `indices` `[m]`, in that order, with all that is filled in so far."""
-        picks = indices.tolist()
         per_sample = {"prompt_lens", "completion_lens", "has_eos", "scores"}
+        tokens, completion_tokens = (ragged_indices(lens, indices) for lens in (self.lens, self.completion_lens))
         chosen: dict[str, Any] = {}
         for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is None:
+            value = getattr(self, field.name)
+            if value is None:
                 chosen[field.name] = None
-            elif field.name == "support":
-                chosen[field.name] = self.support_of(indices)
             elif field.name in per_sample:
-                chosen[field.name] = tensor[indices]
+                chosen[field.name] = value[indices]
+            elif field.name == "support":
+                chosen[field.name] = value.select(completion_tokens)
             else:
-                lens = self.lens if field.name == "input_ids" else self.completion_lens
-                pieces = tensor.split(lens.tolist())
-                chosen[field.name] = torch.cat([pieces[i] for i in picks])
+                chosen[field.name] = value[tokens if field.name == "input_ids" else completion_tokens]
         return type(self)(**chosen)
 
 

@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
-from fourscore.data import PromptOrder, longest_prompt, prompt_ids, tokenize_prompts
+from fourscore.data import PromptOrder, longest_prompt, other_columns, prompt_ids, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token, check_top_k
@@ -646,7 +646,7 @@ class PPOTrainer:
     def _check_rewards(self) -> None:
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
-                self.scorer.check(name for name in dataset.column_names if name not in ("input_ids", "prompt"))
+                self.scorer.check(other_columns(dataset))
 
     def _trackers(self) -> list[TrainerCallback]:
         """The callbacks that `--report_to` names."""

@@ -133,8 +133,7 @@ def _reward(given: str | Callable[..., Any] | nn.Module, batch_size: int, device
     if isinstance(given, str) and names_function(given):
         return Function(load_function(given), f"--reward_funcs {given}")
     if isinstance(given, str):
-        model, tokenizer = _load_classifier(given, device)
-        return TextModel(model, tokenizer, batch_size, _last_part(given))
+        return _classifier(_load_classifier(given, device), given, batch_size, device)
     if isinstance(given, nn.Module):
         config: Any = without_peft(given).config
         place = str(config._name_or_path)
@@ -142,15 +141,19 @@ def _reward(given: str | Callable[..., Any] | nn.Module, batch_size: int, device
             raise FourscoreError(
                 f"reward_funcs: {place or type(given).__name__} has num_labels={config.num_labels}, not 1"
             )
-        freeze(given)
-        disable_dropout(given)
-        return TextModel(given.to(device).eval(), _tokenizer(place), batch_size, _last_part(place))
+        return _classifier(given, place, batch_size, device)
     if callable(given):
         return Function(given, f"reward_funcs: {function_name(given)}")
     raise FourscoreError(f"reward_funcs: {given!r} is neither a function, nor a classifier, nor the place of one")
 
 
-def _load_classifier(place: str, device: torch.device) -> tuple[Any, Any]:
+def _classifier(model: Any, place: str, batch_size: int, device: torch.device) -> TextModel:
+    freeze(model)
+    disable_dropout(model)
+    return TextModel(model.to(device).eval(), _tokenizer(place), batch_size, _last_part(place))
+
+
+def _load_classifier(place: str, device: torch.device) -> Any:
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             place, num_labels=1, dtype=torch.float32 if device.type == "cpu" else "auto", output_loading_info=True
@@ -161,9 +164,7 @@ def _load_classifier(place: str, device: torch.device) -> tuple[Any, Any]:
         ) from error
     if missing := report["missing_keys"]:
         raise FourscoreError(f"--reward_funcs {place}: weights are missing from it, such as {min(missing)}")
-    freeze(model)
-    disable_dropout(model)
-    return model.to(device).eval(), _tokenizer(place)
+    return model
 
 
 def _tokenizer(place: str) -> Any:
