@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-load bench-memory bench-plan bench-rollout evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo clean
+.PHONY: demo demo-seeds test lint bench bench-full bench-growth bench-load bench-memory bench-plan bench-rollout evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -24,10 +24,20 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Benchmarks are against TRL 1.12.0, which gets an environment of its own in .bench on first use. FLAGS="--help" shows
+# what can be set. Time of updates: a selection of at most 20 minutes of two cores, or all.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/update.py
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.9"
+	$(BIN)/python benchmarks/speed.py --json .bench/speed.json --plot .bench/speed.png $(FLAGS)
 
-# Against TRL 1.12.0, which gets an environment of its own in .bench on first use. FLAGS="--help" shows what can be set.
+bench-full: bench-growth
+	$(BIN)/python benchmarks/speed.py --all --json .bench/speed-full.json --plot .bench/speed-full.png $(FLAGS)
+
+# How time and memory of an update grow, on small models.
+bench-growth: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.9"
+	$(BIN)/python benchmarks/growth.py --json .bench/growth.json --plot .bench/growth.png
+
 bench-load: $(VENV)/.installed
 	$(BIN)/python benchmarks/load.py $(FLAGS)
 

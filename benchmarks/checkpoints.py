@@ -34,6 +34,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 3072,
     },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
     # SmolLM2-135M.
     "smollm2-135m": {
         "hidden_size": 576,
@@ -51,6 +59,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
+    },
+    # Llama 3.1 8B.
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
     },
 }
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
@@ -77,15 +95,23 @@ class Pair:
         return count
 
 
-def random_pair(cache: Path, shape: str, dtype: torch.dtype) -> Pair:
-    """A Llama and a reward model of that shape, each with weights of its own; written if they are not there yet."""
-    root = cache / f"{shape}-{str(dtype).removeprefix('torch.')}"
+def random_pair(cache: Path, shape: str, dtype: torch.dtype, **changes: int) -> Pair:
+    """A Llama and a reward model of that shape, each with weights of its own; written if they are not there yet.
+
+    Args:
+        cache: folder.
+        shape: a name in `SHAPES`.
+        dtype: of the files.
+        changes: what is different from that shape.
+    """
+    names = [shape, *(f"{name}-{size}" for name, size in sorted(changes.items())), str(dtype).removeprefix("torch.")]
+    root = cache / "-".join(names)
     pair = Pair(root / "policy", root / "reward")
     for seed, (folder, model_class) in enumerate(
         ((pair.policy, LlamaForCausalLM), (pair.reward, LlamaForSequenceClassification))
     ):
         if not folder.exists():
-            _write(folder, lambda to, c=model_class, s=seed: _random_model(to, c, shape, dtype, s))
+            _write(folder, lambda to, c=model_class, s=seed: _random_model(to, c, SHAPES[shape] | changes, dtype, s))
     return pair
 
 
@@ -125,12 +151,11 @@ def _fresh(task_type: str, **more: Any) -> LoraConfig:
     return LoraConfig(task_type=task_type, init_lora_weights=False, **LORA, **more)
 
 
-def _random_model(folder: Path, model_class: Any, shape: str, dtype: torch.dtype, seed: int) -> None:
+def _random_model(folder: Path, model_class: Any, shape: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.POLICY)
     config = LlamaConfig(
-        **SHAPES[shape],
+        **({"tie_word_embeddings": True} | shape),
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
         dtype=dtype,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -17,13 +17,11 @@ import torch
 from checkpoints import SHAPES, random_pair
 from rich.console import Console
 from rich.table import Table
+from scripted import EOS, Batch, Script, prompt
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate
-
-EOS, FIRST = 0, 1000
-"""What ends a completion, and the token that sample 0 consists of; sample 1 consists of the next one, and so on."""
 
 
 def parse() -> argparse.Namespace:
@@ -40,27 +38,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Script:
-    """Makes a policy draw sample i's own token until its completion has a given length, and EOS then."""
-
-    def __init__(self, policy: Any, lengths: list[int]) -> None:
-        self.lengths = lengths
-        self.left: list[int] = []
-        policy.register_forward_hook(self, with_kwargs=True)
-
-    def begin(self) -> None:
-        """Before each rollout."""
-        self.left = list(self.lengths)
-
-    def __call__(self, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
-        """The hook."""
-        for row, token in enumerate(named["input_ids"][:, -1].tolist()):
-            sample = token - FIRST
-            if 0 <= sample < len(self.left):
-                self.left[sample] -= 1
-                output.logits[row, -1, token if self.left[sample] else EOS] = 1e4
-
-
 def plain(policy: Any, prompts: list[list[int]], response_length: int) -> list[list[int]]:
     """Completions by the policy's `generate`, all prompts in one batch padded on the left."""
     width = max(len(prompt) for prompt in prompts)
@@ -73,15 +50,12 @@ def plain(policy: Any, prompts: list[list[int]], response_length: int) -> list[l
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
 
-def workload(options: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
+def workload(options: argparse.Namespace) -> Batch:
     """Prompts, and the length of each completion."""
     drawn = random.Random(0)
     least, most = (math.log(length) for length in options.prompts)
-    prompts = []
-    for sample in range(options.batch):
-        length = round(math.exp(drawn.uniform(least, most)))
-        prompts.append([*(drawn.randrange(2000, 3000) for _ in range(length - 1)), FIRST + sample])
-    return prompts, [drawn.randint(1, options.response_length) for _ in prompts]
+    prompts = [prompt(drawn, round(math.exp(drawn.uniform(least, most))), sample) for sample in range(options.batch)]
+    return Batch(prompts, [drawn.randint(1, options.response_length) for _ in prompts])
 
 
 @torch.no_grad()
@@ -90,15 +64,16 @@ def main() -> None:
     options = parse()
     pair = random_pair(options.cache / "models", options.model, torch.float32)
     policy = AutoModelForCausalLM.from_pretrained(pair.policy, dtype=torch.float32).to(options.device).eval()
-    prompts, lengths = workload(options)
-    script = Script(policy, lengths)
+    batch = workload(options)
+    prompts, lengths = batch.prompts, batch.completion_lens
+    script = Script(policy)
     sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, options.batch)
     seconds: dict[str, list[float]] = {"generate": [], "fourscore": []}
     busy: dict[str, list[float]] = {"generate": [], "fourscore": []}
     for turn in range(options.pairs + 1):
         results = []
         for name in seconds:
-            script.begin()
+            script.begin(batch)
             started, worked = time.perf_counter(), time.process_time()
             if name == "generate":
                 results.append(plain(policy, prompts, options.response_length))
@@ -108,7 +83,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
                 busy[name].append(time.process_time() - worked)
         assert results[0] == results[1] and [len(c) for c in results[0]] == lengths
-    lens = [len(prompt) for prompt in prompts]
+    lens = batch.prompt_lens()
     console = Console()
     console.print(
         f"{options.model}, {torch.get_num_threads()} threads: {len(prompts)} prompts of {min(lens)} to {max(lens)} "

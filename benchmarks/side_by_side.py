@@ -1,11 +1,13 @@
-"""Runs workers in fresh processes, in turn, and compares medians."""
+"""Runs workers in turn, in fresh processes or in ones that stay, and compares medians."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -62,19 +64,103 @@ def model_args_of(job: dict[str, Any]) -> Any:
         lora_r=lora.get("r", 16),
         lora_alpha=lora.get("lora_alpha", 32),
         lora_target_modules=lora.get("target_modules"),
+        load_in_4bit=job.get("load_in_4bit", False),
     )
 
 
 def run(work: Work) -> Result:
     """The worker's result, or `failed` with the last line of what it complained about."""
-    command = [work.python, str(HERE / work.script), json.dumps(work.job)]
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(_command(work), capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"failed": lines[-1][:400]}
+        return _failed(done.stderr, done.returncode)
     result: Result = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+class Resident:
+    """A worker that stays, and does something for every line it is sent: `speed_worker.py`.
+
+    It reads lines from its standard input, answers each with a line of JSON, and waits for the next one without taking
+    processor time. It ends where its input does.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            _command(work),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=_environment(),
+        )
+
+    def turn(self) -> Result:
+        """What it answers, or `failed`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # it ended, and says why below
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            status = self._process.wait()
+            self._stderr.seek(0)
+            return _failed(self._stderr.read(), status)
+        result: Result = json.loads(answer)
+        return result
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._stderr.close()
+
+
+def run_residents(works: dict[str, Work], turns: int, *, apart: bool = False) -> dict[str, list[Result]]:
+    """One turn of each worker after the other, `turns` times; a first turn of each is not among the results.
+
+    Args:
+        works: by name.
+        turns: of each worker.
+        apart: only one worker at a time, started again for every turn.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in works}
+    workers: dict[str, Resident] = {}
+    try:
+        for turn in range(turns + 1):
+            for name, work in works.items():
+                if failure(results[name]) or (apart and not turn):
+                    continue
+                print(f"{name} ({turn} of {turns})" if turn else f"{name} warms up", file=sys.stderr, flush=True)
+                if name not in workers:
+                    workers[name] = Resident(work)
+                    if apart:
+                        workers[name].turn()
+                result = workers[name].turn()
+                if turn or "failed" in result:
+                    results[name].append(result)
+                if apart or "failed" in result:
+                    workers.pop(name).close()
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return results
+
+
+def _command(work: Work) -> list[str]:
+    return [work.python, str(HERE / work.script), json.dumps(work.job)]
+
+
+def _environment() -> dict[str, str]:
+    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+
+
+def _failed(stderr: str, status: int) -> Result:
+    lines = stderr.strip().splitlines() or [f"exit status {status}"]
+    return {"failed": lines[-1][:400]}
 
 
 def run_in_turn(works: dict[str, Work], repetitions: int, before: Any = None) -> dict[str, list[Result]]:
@@ -147,6 +233,7 @@ def show(table: Table, results: dict[str, list[Result]]) -> None:
 def write(path: Path | None, everything: list[dict[str, Any]]) -> None:
     """Every measurement, as JSON."""
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(everything, indent=1) + "\n")
 
 

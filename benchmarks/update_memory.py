@@ -66,6 +66,7 @@ def works_of(
             "lora": LORA if case == "lora" else None,
             "dtype": "float32",
             "updates": options.updates,
+            "batch": 16,
             "microbatch": options.microbatch,
             "flags": {"gradient_checkpointing": checkpointing == "true"},
             "device": options.device,

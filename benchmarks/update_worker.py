@@ -1,7 +1,8 @@
 """Trains for a few whole updates with one system in this process: started by `update_memory.py`.
 
 Its argument is JSON: `system`, `loading` ("separate": the calls of TRL's script; or "load_models"), `policy`, `reward`,
-`lora` (None for full fine-tuning), `dtype`, `updates`, `microbatch`, `flags` (more of PPOConfig's) and `device`.
+`lora` (None for full fine-tuning), `dtype`, `updates`, `batch`, `microbatch`, `flags` (more of PPOConfig's) and
+`device`.
 """
 
 import json
@@ -16,7 +17,7 @@ from memory_probe import MemoryProbe, memory
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-BATCH = 16
+FLAGS = {"num_ppo_epochs": 1, "response_length": 32, "stop_token": None}
 
 
 def prompts_of(count: int, shortest: int, longest: int) -> Dataset:
@@ -41,8 +42,15 @@ def load_separately(job: dict[str, Any]) -> tuple[Any, ...]:
     return policy, ref_policy, reward_model, value_model
 
 
-def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> Any:
-    """The system's trainer with its models."""
+def make_trainer(job: dict[str, Any], output_dir: str, prompts: Dataset, **more: Any) -> Any:
+    """The system's trainer with its models.
+
+    Args:
+        job: see above.
+        output_dir: of the run.
+        prompts: to train on.
+        more: arguments of both trainers.
+    """
     if job["system"] == "trl":
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     else:
@@ -55,12 +63,8 @@ def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> An
         sft_model_path=job["policy"],
         reward_model_path=job["reward"],
         per_device_train_batch_size=job["microbatch"],
-        gradient_accumulation_steps=BATCH // job["microbatch"],
-        local_rollout_forward_batch_size=BATCH,
-        total_episodes=BATCH * job["updates"],
-        num_ppo_epochs=1,
-        response_length=32,
-        stop_token=None,
+        gradient_accumulation_steps=job["batch"] // job["microbatch"],
+        total_episodes=job["batch"] * job["updates"],
         num_sample_generations=0,
         save_strategy="no",
         eval_strategy="no",
@@ -70,9 +74,7 @@ def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> An
         use_cpu=job["device"] == "cpu",
         **job["flags"],
     )
-    prompts = prompts_of(64, 24, 32)
     tokenizer = AutoTokenizer.from_pretrained(job["policy"], padding_side="left")
-    probe.phase("load")
     peft_config = None
     if job["loading"] == "separate":
         policy, ref_policy, reward_model, value_model = load_separately(job)
@@ -96,6 +98,7 @@ def make_trainer(job: dict[str, Any], output_dir: str, probe: MemoryProbe) -> An
         train_dataset=prompts,
         eval_dataset=prompts.select(range(8)) if job["system"] == "trl" else None,
         peft_config=peft_config,
+        **more,
     )
 
 
@@ -110,8 +113,8 @@ def main() -> None:
     before = memory()
     probe = MemoryProbe()
     with tempfile.TemporaryDirectory() as output_dir:
-        probe.phase("start")
-        trainer = make_trainer(job, output_dir, probe)
+        probe.phase("load")
+        trainer = make_trainer(job | {"flags": FLAGS | job["flags"]}, output_dir, prompts_of(64, 24, 32))
         probe.phase("train")
         start = time.perf_counter()
         trainer.train()
