@@ -53,6 +53,37 @@ def test_tree_copies_config_hooks_and_ties():
     assert not torch.equal(twin(IDS).logits, model(IDS).logits)
 
 
+def test_tree_copies_what_modules_hold_besides():
+    class Counted(torch.nn.Linear):
+        copies = 0
+
+        def __deepcopy__(self, memo):
+            Counted.copies += 1
+            twin = memo[id(self)] = Counted(self.in_features, self.out_features)
+            return twin
+
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.counted = torch.nn.Linear(2, 2), Counted(2, 2)
+            self.by_name, self.names, self.seen = {"inner": self.inner}, ["inner"], {}
+            self.inner.seen = self.seen
+            self.register_buffer("steps", torch.zeros(1), persistent=False)
+
+    model = Holder()
+    twin = clone_sharing(model)
+    assert twin.by_name["inner"] is twin.inner is not model.inner
+    assert twin.inner.weight is model.inner.weight and twin.steps is model.steps
+    assert twin.counted is not model.counted and Counted.copies == 1
+    assert list(twin.state_dict()) == list(model.state_dict())  # neither has the buffer
+    twin.names.append("counted")
+    twin.inner.seen["inner"] = 1
+    assert twin.seen == twin.inner.seen
+    twin.inner.register_forward_hook(lambda module, args, output: 0 * output)
+    assert model.names == ["inner"] and not model.seen
+    assert model.inner(torch.ones(1, 2)).any() and not twin.inner(torch.ones(1, 2)).any()
+
+
 def test_moving_one_tree_moves_the_shared_parameters_once():
     model = make_model("llama", make_tokenizer())
     twin = clone_sharing(model)
