@@ -286,6 +286,12 @@ def test_ppo_trains_saves_refuses_and_resumes(run, tmp_path, capsys):
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [1, 2, 3]
 
 
+def test_positions_that_run_out_are_said_once(run, caplog, capsys):
+    assert cli.main([*run, "--max_steps", "1", "--response_length", "140"]) == 0
+    said = [line for line in (*capsys.readouterr().err.splitlines(), *caplog.messages) if "was made for" in line]
+    assert [line.split(", but ")[1].split()[0] for line in said] == ["--sft_model_path", "--reward_model_path"]
+
+
 def test_ctrl_c_says_how_to_resume(run, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt

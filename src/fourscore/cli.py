@@ -216,6 +216,7 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
         train_dataset=checked.train_dataset,
         eval_dataset=checked.eval_dataset,
         reward_processing_class=models.reward_tokenizer,
+        check_lengths=False,
     )
     trainer.run_config = [script_args, training_args, model_args]
     trainer.train(resume_from_checkpoint=resume)

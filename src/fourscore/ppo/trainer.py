@@ -93,6 +93,8 @@ class PPOTrainer:
             GRPO, sequence classifiers that read text, or strings as in that flag. `docs/rewards.md` says what a
             function is given and may return.
         reward_processing_class: tokenizer of a reward model that reads text; None: that of its checkpoint.
+        check_lengths: hold prompts and completions against the positions that the models were made for; False where
+            `preflight` has done so.
 
     Raises:
         FourscoreError: settings, models or data that do not fit together.
@@ -124,6 +126,7 @@ class PPOTrainer:
         peft_config: PeftConfig | None = None,
         reward_funcs: Any | None = None,
         reward_processing_class: Any | None = None,
+        check_lengths: bool = True,
     ) -> None:
         self.args = args
         self.processing_class = processing_class
@@ -144,8 +147,9 @@ class PPOTrainer:
         reads_text = reward_model is not None and reward_processing_class is not None
         if reads_text:
             logger.info("the reward model reads text: its tokens are not the policy's")
-        reads_tokens = (model, None if reads_text else reward_model, value_model)
-        self._check_lengths([m for m in reads_tokens if m is not None])
+        if check_lengths:
+            reads_tokens = (model, None if reads_text else reward_model, value_model)
+            self._check_lengths([m for m in reads_tokens if m is not None])
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
 
         # Adapters and heads are drawn here: equal on every process, and the same for the same seed.
