@@ -134,6 +134,10 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "What is done with longer prompts; truncate keeps the end.", "Not in TRL, which uses prompts of any length."
         ),
         "local_rollout_forward_batch_size": _honoured("Samples generated or scored at a time, per process."),
+        "pack_rollout_weights": _changed(
+            "On a CPU in fp32, draw samples with a copy of the policy's weights made for that, adapters folded in.",
+            "Not in TRL. Rollouts take about half the time; the plan says what the copy takes. No effect on a GPU.",
+        ),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },
     "PPO": {

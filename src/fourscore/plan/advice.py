@@ -77,6 +77,8 @@ def _steps(plan: Plan, settings: _Settings) -> Iterator[tuple[str, str, dict[str
     """Flags, what they cost, and the fields they set; from least harm to most."""
     args, model_args = settings.training, settings.model
     on_cpu = plan.device == "cpu"
+    if plan.packed:
+        yield "--pack_rollout_weights false", "slower rollouts", {"pack_rollout_weights": False}
     if not args.gradient_checkpointing:
         change: dict[str, Any] = {"gradient_checkpointing": True, "activation_checkpointing": True}
         yield "--gradient_checkpointing true", "same maths, about a third more time for an update", change

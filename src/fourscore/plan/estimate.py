@@ -12,6 +12,7 @@ from fourscore.errors import FourscoreError
 from fourscore.models.checkpoint import inspect_checkpoint
 from fourscore.models.checks import Inspected, check_models
 from fourscore.models.layout import Layout
+from fourscore.models.packed import packed_bytes
 from fourscore.parallel import is_sharded
 from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes
 from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
@@ -75,6 +76,7 @@ class Plan:
         sharding: "none" or "fsdp".
         baseline: bytes of a process before it loads anything; 0 on an accelerator.
         kv_cache: bytes of the cache at the end of the longest completions.
+        packed: bytes of the rollout's own copy of the policy's weights.
         support: bytes of what the tokens of a rollout batch were drawn from, at most; held until the update is done.
         parts: phase -> part of it -> bytes beside weights and optimizer state.
         peak_bytes: by phase, of one process.
@@ -92,6 +94,7 @@ class Plan:
     sharding: str
     baseline: int
     kv_cache: int
+    packed: int
     support: int
     parts: dict[str, dict[str, int]]
     peak_bytes: dict[str, int]
@@ -179,6 +182,8 @@ def make_plan(
             skeleton = build_roles(layout, model_args, training_args)
             averaged = {"policy"} if training_args.ema_decay is not None else set()
             roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
+        packs = on_cpu and training_args.pack_rollout_weights and sharding == "none"
+        copy = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
         parts = trace_phases(layout, model_args, training_args, sizes, device)
         further = _further_rewards(training_args, model_args, on_cpu)
     except FourscoreError:
@@ -216,7 +221,8 @@ def make_plan(
             if shards > 1 and phase == "update":
                 size -= min(size, roles_gradients[part.split()[0]]) * (shards - 1) // shards
             tops.append(size)
-        peaks[phase] = held + support + max(tops) + gathered + (RUNNING if on_cpu else 0)
+        copied = copy if phase == "rollout" else 0
+        peaks[phase] = held + copied + support + max(tops) + gathered + (RUNNING if on_cpu else 0)
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device) if room is None else room
     return Plan(
@@ -228,6 +234,7 @@ def make_plan(
         sharding=sharding,
         baseline=baseline,
         kv_cache=_kv_cache(layout, sizes, training_args),
+        packed=copy,
         support=support,
         parts=parts,
         peak_bytes=peaks,

@@ -138,7 +138,8 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
             with trace, roles.autocast():
                 # What supports hold depends on data: they are counted in `support_bytes`.
                 prompts = [[1] * prompt for _ in range(sizes.rollout_batch)]
-                generate(roles.policy, prompts, sampling, keep_support=False)
+                # A copy of the weights is counted by itself.
+                generate(roles.policy, prompts, sampling, keep_support=False, pack=False)
         finally:
             handle.remove()
 

@@ -58,6 +58,7 @@ def as_json(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "parts_bytes": plan.parts,
         "kv_cache_bytes": plan.kv_cache,
+        "packed_bytes": plan.packed,
         "support_bytes": plan.support,
         "baseline_bytes": plan.baseline,
         "mapped_bytes": plan.mapped_bytes,
@@ -180,9 +181,10 @@ def _phases_table(plan: Plan) -> Table:
     optimizer = sum(r.optimizer for r in plan.roles.values()) // shards
     total = s.prompt + s.response
     support = f", support {_cell(plan.support)}" if plan.support else ""
+    copy = f", packed copy {_cell(plan.packed)}" if plan.packed else ""
     notes = {
         "load": "",
-        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{support}",
+        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{copy}{support}",
         "scoring": f"{s.rollout_batch} x {total} tokens",
         "update": f"{s.microbatch} x {total} tokens",
     }

@@ -267,7 +267,12 @@ class PPOTrainer:
         self.model.eval()
         with self.roles.autocast():
             experience = generate(
-                self.model, prompts, sampling, synced=self.parallel.sharded, keep_support=keep_support
+                self.model,
+                prompts,
+                sampling,
+                synced=self.parallel.sharded,
+                keep_support=keep_support,
+                pack=args.pack_rollout_weights,
             )
         self.model.train()
         return experience

@@ -91,7 +91,15 @@ def draw(scores: Tensor, sampling: Sampling) -> Tensor:
     """A token a row, `[b]`, from what `restrict_` made of logits `[b, vocabulary]`; the likeliest one if greedy."""
     if sampling.temperature == 0:
         return scores.argmax(1)
-    return torch.multinomial(scores.softmax(1), 1)[:, 0]
+    probabilities = scores.softmax(1)
+    if scores.device.type != "cpu":
+        return torch.multinomial(probabilities, 1)[:, 0]
+    # multinomial draws a number for every token of the vocabulary, which takes a CPU longer than the model's attention.
+    # This draws one a row. In double, or the rounding of sums near 1 would be more than an unlikely token has.
+    below = probabilities.cumsum(1, dtype=torch.double)
+    total = below[:, -1:]
+    at = torch.minimum(torch.rand_like(total) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(below, at, right=True)[:, 0]
 
 
 def has_ended(completion: list[int], sampling: Sampling) -> bool:

@@ -1,7 +1,7 @@
 """Rollout with the policy in this process: by `decode`, or by its own `generate` where that does not fit."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fourscore.models.forward import without_peft
+from fourscore.models.packed import packed
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
 from fourscore.rollout.decode import can_decode, decode
@@ -22,6 +23,7 @@ def generate(
     *,
     synced: bool = False,
     keep_support: bool = True,
+    pack: bool = True,
 ) -> Experience:
     """Complete each prompt once.
 
@@ -31,6 +33,7 @@ def generate(
         sampling: how to draw.
         synced: every process decodes until the last one is done, which sharded models need.
         keep_support: keep what every token was drawn from, where that is not the whole vocabulary; logprobs need it.
+        pack: on a CPU in fp32, multiply with a copy of the weights that is made for it; not with `synced`.
 
     Returns:
         experience with ids, lengths and support filled in, samples in the order of `prompts`.
@@ -41,17 +44,18 @@ def generate(
     ended: dict[int, bool] = {}
     kept: list[tuple[Tensor, Support]] = []
     ours = not synced and can_decode(policy)
-    for start in range(0, len(order), sampling.batch_size):
-        group = order[start : start + sampling.batch_size]
-        some = [prompts[i] for i in group]
-        if ours:
-            found = decode(policy, some, sampling, keep_support)
-        else:
-            found = _generate(policy, some, sampling, keep_support, synced)
-        completions |= zip(group, found.completions, strict=True)
-        ended |= zip(group, found.ended, strict=True)
-        index = torch.tensor(group, device=device)
-        kept += [(index[rows], support) for rows, support in found.kept]
+    with packed(policy) if pack and not synced else nullcontext():
+        for start in range(0, len(order), sampling.batch_size):
+            group = order[start : start + sampling.batch_size]
+            some = [prompts[i] for i in group]
+            if ours:
+                found = decode(policy, some, sampling, keep_support)
+            else:
+                found = _generate(policy, some, sampling, keep_support, synced)
+            completions |= zip(group, found.completions, strict=True)
+            ended |= zip(group, found.ended, strict=True)
+            index = torch.tensor(group, device=device)
+            kept += [(index[rows], support) for rows, support in found.kept]
     if not sampling.stop_ids and sampling.stop_strings is None:
         ended = {i: sampling.eos_id in completion for i, completion in completions.items()}
     return Experience(
