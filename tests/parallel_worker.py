@@ -32,11 +32,12 @@ OPTIONS = {
     "stop_on_ratio": True,
     "ema_decay": 0.5,
     "value_warmup_updates": 1,
+    "tokens_per_microbatch": 31,  # one pass on one process, two on the other
 }
 """Of the algorithm, all that there are."""
 
 
-def fixed_completions(policy, prompts, sampling, *, synced=False, keep_support=True):
+def fixed_completions(policy, prompts, sampling, *, synced=False, keep_support=True, pack=True):
     """Completions that follow from the prompt alone, of very unequal lengths; so does their support."""
     completions = [[(7 * t + sum(p)) % 250 + 3 for t in range(1 + 3 * (sum(p) % 5))] for p in prompts]
     drawn = torch.tensor([i for c in completions for i in c])

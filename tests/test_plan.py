@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from tiny import make_checkpoint, make_model, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourscore import cli, load_models
 from fourscore.config import ModelConfig, PPOConfig
@@ -153,6 +154,30 @@ def test_what_grows_with_what(llama_policy, llama_reward):
     split = peaks(per_device_train_batch_size=4, gradient_accumulation_steps=1, local_rollout_forward_batch_size=1)
     assert split["scoring"] < start["scoring"] and split["rollout"] < start["rollout"]
     assert split["update"] == start["update"]
+
+
+def test_the_copy_of_the_weights_is_in_the_rollout_and_can_be_done_without(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward)
+    plan = make_plan(args, model_args, prompt=8)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama_policy))
+    linear = {id(m): 4 * m.weight.numel() for m in policy.modules() if isinstance(m, torch.nn.Linear)}
+    assert plan.packed == sum(linear.values()) == as_json(plan, [])["packed_bytes"]
+    args.pack_rollout_weights = False
+    without = make_plan(args, model_args, prompt=8)
+    assert without.packed == 0
+    assert plan.peak_bytes["rollout"] - plan.baseline == without.peak_bytes["rollout"] - without.baseline + plan.packed
+    assert plan.parts == without.parts
+
+
+def test_a_budget_of_tokens_is_what_a_microbatch_holds(llama_policy, llama_reward):
+    def update(**training):
+        args, model_args = settings(llama_policy, llama_reward, **training)
+        return make_plan(args, model_args, prompt=16).parts["update"]
+
+    whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert update(**whole, tokens_per_microbatch=10**6) == update(**whole)
+    one_by_one = update(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert update(**whole, tokens_per_microbatch=1) == one_by_one != update(**whole)
 
 
 @pytest.mark.parametrize(

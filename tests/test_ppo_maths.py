@@ -464,10 +464,39 @@ def test_sum_per_sample() -> None:
     assert_close(sum_per_sample(f64(4), ints(1)), f64(4))
 
 
-def test_microbatches_are_sorted_by_length_and_hold_each_sample_once() -> None:
-    groups = microbatches(ints(3, 9, 1, 9, 4), 2)
-    assert [g.tolist() for g in groups] == [[1, 3], [4, 0], [2]]
+def test_microbatches_are_sorted_by_length_and_hold_no_more_than_so_many_of_the_longest() -> None:
+    # 2 x 9 tokens at most: a third of 4 beside 9 and 9 would make 27; 4, 3 and 1 make 12.
+    assert [g.tolist() for g in microbatches(ints(3, 9, 1, 9, 4), 2)] == [[1, 3], [4, 0, 2]]
     assert [g.tolist() for g in microbatches(ints(5, 6), 8)] == [[1, 0]]
+
+
+def test_microbatches_are_cut_where_padding_would_cost_more_than_another_pass() -> None:
+    # A pass costs 64 tokens. 100 beside 90 pads 10, beside 30 it would pad 70.
+    assert [g.tolist() for g in microbatches(ints(30, 100, 90), 8)] == [[1, 2], [0]]
+    assert [g.tolist() for g in microbatches(ints(40, 100, 90), 8)] == [[1, 2, 0]]
+
+
+def test_microbatches_keep_to_a_budget_of_tokens() -> None:
+    lens = ints(7, 3, 12, 5, 5, 4)
+    assert [g.tolist() for g in microbatches(lens, 1, tokens=12)] == [[2], [0], [3, 4], [5, 1]]
+    assert [g.tolist() for g in microbatches(lens, 1, tokens=1)] == [[2], [0], [3], [4], [5], [1]]
+    assert [g.tolist() for g in microbatches(lens, 1, tokens=1000)] == [[2, 0, 3, 4, 5, 1]]
+
+
+def test_microbatches_cost_the_least_of_all_cuts() -> None:
+    """Against every way to cut eight samples into groups."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lens = torch.randint(1, 300, (8,), generator=generator).sort(descending=True).values.tolist()
+        limit = 3 * lens[0]
+        costs = []
+        for cuts in range(2**7):
+            ends = [i for i in range(1, 8) if cuts >> (i - 1) & 1] + [8]
+            sizes = [(end - start) * lens[start] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            if all(size <= limit for size in sizes):
+                costs.append(sum(sizes) + 64 * len(sizes))
+        groups = microbatches(torch.tensor(lens), 3)
+        assert sum(len(g) * lens[g[0]] for g in groups) + 64 * len(groups) == min(costs)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])

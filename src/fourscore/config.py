@@ -223,6 +223,7 @@ class PPOConfig(TrainingArguments):
     preset: Literal["n_plus", "vapo"] = _flag("preset", "n_plus")
     num_ppo_epochs: int = _flag("num_ppo_epochs", 4)
     num_mini_batches: int = _flag("num_mini_batches", 1)
+    tokens_per_microbatch: int | None = _flag("tokens_per_microbatch", None)
     kl_coef: float = _flag("kl_coef", None)
     kl_estimator: Literal["k1", "k3"] = _flag("kl_estimator", "k1")
     use_kl_loss: bool = _flag("use_kl_loss", False)
@@ -502,6 +503,7 @@ class PPOConfig(TrainingArguments):
             "num_ppo_epochs",
             "num_mini_batches",
             "per_device_train_batch_size",
+            "tokens_per_microbatch",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "total_episodes",

@@ -133,7 +133,9 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "max_prompt_length_action": _changed(
             "What is done with longer prompts; truncate keeps the end.", "Not in TRL, which uses prompts of any length."
         ),
-        "local_rollout_forward_batch_size": _honoured("Samples generated or scored at a time, per process."),
+        "local_rollout_forward_batch_size": _honoured(
+            "Samples of the greatest length generated or scored at a time, per process."
+        ),
         "pack_rollout_weights": _changed(
             "On a CPU in fp32, draw samples with a copy of the policy's weights made for that, adapters folded in.",
             "Not in TRL. Rollouts take about half the time; the plan says what the copy takes. No effect on a GPU.",
@@ -206,7 +208,15 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
     },
     "Batch and length": {
-        "per_device_train_batch_size": _honoured("Samples in a forward and backward pass."),
+        "per_device_train_batch_size": _changed(
+            "Samples in a forward and backward pass.",
+            "Passes are cut where that costs least and are never larger than so many samples of the greatest length: "
+            "more of them fit where they are short.",
+        ),
+        "tokens_per_microbatch": _changed(
+            "Most tokens in a forward and backward pass, padding included.",
+            "Not in TRL. Default: per_device_train_batch_size times the longest sample of the minibatch.",
+        ),
         "gradient_accumulation_steps": _honoured("Such passes in a rollout batch."),
         "per_device_eval_batch_size": _honoured("Prompts generated and scored at a time in evaluation."),
         "total_episodes": _honoured("Samples to train on (default: num_train_epochs x prompts x num_generations)."),

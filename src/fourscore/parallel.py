@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fourscore.errors import FourscoreError
-from fourscore.models.forward import without_peft
+from fourscore.models.forward import microbatches, without_peft
 
 
 @dataclass
@@ -153,6 +154,25 @@ class Parallel:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
         for work in pending:
             work.wait()
+
+
+def forward_passes(model: nn.Module, lens: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
+    """`microbatches`, as many on every process where the model is sharded: a pass gathers weights from all of them.
+
+    Args:
+        model: that the passes are of.
+        lens: `[n]` tokens, `n` equal on all processes.
+        size: see `microbatches`.
+        tokens: see `microbatches`.
+    """
+    groups = microbatches(lens, size, tokens)
+    if isinstance(next(model.parameters()), DTensor):
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, len(groups))
+        while len(groups) < max(counts):
+            at = max(range(len(groups)), key=lambda i: len(groups[i]))
+            groups[at : at + 1] = groups[at].tensor_split(2)
+    return groups
 
 
 def is_sharded(args: Any) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ from fourscore.models.support import Support
 
 CHUNK_BYTES = 2**24
 """Logits are made so many bytes at a time, in fp32."""
+
+_PASS_TOKENS = {"cpu": 64, "cuda": 512}
+"""What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
+
+_NEVER = 2**60
 
 
 @dataclass
@@ -61,17 +67,35 @@ def rectangle(samples: list[Tensor], prompt_lens: Tensor, support: Support | Non
     return Rectangle(ids, rows, columns - 1, ids[rows, columns], support)
 
 
-def microbatches(lens: Tensor, size: int) -> list[Tensor]:
-    """Indices of samples in groups of at most `size`, sorted by length so that little is padded.
+def microbatches(lens: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
+    """Indices of samples in groups, one forward pass each: sorted by length, and cut where that costs least.
+
+    What is padded costs as much as what is not, and each pass costs as much as some tokens more. No group takes more
+    memory than `size` samples of the greatest length, so there may be more of them where they are short.
 
     Args:
         lens: `[n]` tokens.
-        size: samples a group.
+        size: samples of the greatest length a group.
+        tokens: most tokens a group instead, those that are padded included; one sample may have more.
 
     Returns:
-        index tensors that together hold 0 .. n-1 once each.
+        index tensors that together hold 0 .. n-1 once each, the longest sample first.
     """
-    return list(torch.argsort(lens, descending=True, stable=True).split(size))
+    order = torch.argsort(lens, descending=True, stable=True)
+    longest_first = lens[order].numpy(force=True)
+    limit = size * longest_first[0] if tokens is None else tokens
+    # The least cost of the first j samples, and where their last group begins.
+    least, begins = np.zeros(len(lens) + 1), np.zeros(len(lens) + 1, dtype=int)
+    for j in range(1, len(lens) + 1):
+        padded = longest_first[:j] * np.arange(j, 0, -1)  # of a group from i to j
+        padded[:-1][padded[:-1] > limit] = _NEVER
+        costs = least[:j] + padded + _PASS_TOKENS.get(lens.device.type, _PASS_TOKENS["cuda"])
+        begins[j] = costs.argmin()
+        least[j] = costs[begins[j]]
+    ends = [len(lens)]
+    while begins[ends[-1]] > 0:
+        ends.append(begins[ends[-1]])
+    return list(order.tensor_split(ends[:0:-1]))
 
 
 def scatter_back(pieces: list[Tensor], order: list[Tensor], lens: Tensor | None = None) -> Tensor:

@@ -82,7 +82,10 @@ def _steps(plan: Plan, settings: _Settings) -> Iterator[tuple[str, str, dict[str
     if not args.gradient_checkpointing:
         change: dict[str, Any] = {"gradient_checkpointing": True, "activation_checkpointing": True}
         yield "--gradient_checkpointing true", "same maths, about a third more time for an update", change
-    micro = args.per_device_train_batch_size
+    budget = args.tokens_per_microbatch
+    for size in (budget // 2, budget // 4) if budget else ():
+        yield f"--tokens_per_microbatch {size}", "same maths, smaller passes", {"tokens_per_microbatch": size}
+    micro = 0 if budget else args.per_device_train_batch_size
     local = micro * args.gradient_accumulation_steps
     for size in (micro // 2, micro // 4, 1):
         if 0 < size < micro and local % size == 0:

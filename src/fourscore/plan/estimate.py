@@ -166,12 +166,16 @@ def make_plan(
     if "reward_model" in layout.roles and layout.roles["reward_model"].reads_text:
         assumptions.append("texts are taken to have as many tokens for the reward model as for the policy")
     local_batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    longest = prompt + training_args.response_length
+    microbatch = training_args.per_device_train_batch_size
+    if training_args.tokens_per_microbatch is not None:
+        microbatch = max(1, training_args.tokens_per_microbatch // longest)
     sizes = Sizes(
         prompt=prompt,
         response=training_args.response_length,
         rollout_batch=min(training_args.local_rollout_forward_batch_size, local_batch),
         minibatch=local_batch // training_args.num_mini_batches,
-        microbatch=min(training_args.per_device_train_batch_size, local_batch // training_args.num_mini_batches),
+        microbatch=min(microbatch, local_batch // training_args.num_mini_batches),
     )
     state, known = state_bytes(training_args.optim.value, training_args.optim_args)
     if not known:

@@ -193,6 +193,7 @@ def _update(
         epochs=1,
         minibatch=len(experience),
         microbatch=sizes.microbatch,
+        microbatch_tokens=None,
         early_stop_kl=None,  # numbers without data say nothing of a distance
     )
     optimizers = {name: _warm_optimizer(model, args, fake) for name, model in roles.trained.items()}

@@ -11,12 +11,12 @@ from fourscore.models.forward import (
     completion_logprobs,
     completion_logprobs_and_values,
     completion_values,
-    microbatches,
     rectangle,
     sample_scores,
     scatter_back,
 )
 from fourscore.models.frozen_layers import recorded, replayed
+from fourscore.parallel import forward_passes
 from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.ppo.roles import Roles
 from fourscore.rewards.model import score
@@ -32,7 +32,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
         roles: the four models.
         experience: samples; filled in.
         temperature: the rollout's.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
 
     Returns:
         scores `[n]`, fp32, if the reward model shares the value model's forward pass; else None.
@@ -66,7 +66,7 @@ def scores_of(roles: Roles, experience: Experience, batch_size: int) -> Tensor:
     Args:
         roles: the four models.
         experience: samples.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
     """
     with roles.as_reward() as reward_model:
         return score(reward_model, experience, batch_size)
@@ -82,7 +82,7 @@ def logprobs_of(
         model: policy or reference.
         experience: samples.
         temperature: the rollout's.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
         autocast: makes the context of the forward passes.
     """
     return policy_of(model, experience, temperature, batch_size, autocast)[0]
@@ -95,7 +95,7 @@ def kl_of_samples(roles: Roles, experience: Experience, temperature: float, batc
         roles: the four models.
         experience: samples.
         temperature: of both.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
     """
     ours = logprobs_of(roles.policy, experience, temperature, batch_size, roles.autocast)
     with roles.as_reference() as reference:
@@ -110,10 +110,11 @@ def values_of(value_model: nn.Module, experience: Experience, batch_size: int, a
     Args:
         value_model: sequence classifier with one label.
         experience: samples.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
         autocast: makes the context of the forward passes.
     """
-    return _per_token(experience, batch_size, autocast, lambda batch: [completion_values(value_model, batch)])[0]
+    passes = forward_passes(value_model, experience.lens, batch_size)
+    return _per_token(experience, passes, autocast, lambda batch: [completion_values(value_model, batch)])[0]
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def policy_of(
         policy: causal LM.
         experience: samples.
         temperature: the rollout's.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
         autocast: makes the context of the forward passes.
         head: a value head on the policy's backbone.
         reference: a causal LM on the policy's frozen bottom.
@@ -157,7 +158,8 @@ def policy_of(
                 out.append(completion_logprobs(reference, batch, temperature)[0])
         return out
 
-    logprobs, *rest = _per_token(experience, batch_size, autocast, forward)
+    passes = forward_passes(policy, experience.lens, batch_size)
+    logprobs, *rest = _per_token(experience, passes, autocast, forward)
     values = rest.pop(0) if head is not None else None
     return logprobs, values, rest[0] if rest else None
 
@@ -172,14 +174,14 @@ def values_and_scores_of(
         value_model: sequence classifier.
         reward_model: sequence classifier on the same bottom.
         experience: samples.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
         shared_layers: layers of the bottom.
 
     Returns:
         values `[C]` and scores `[n]`, fp32.
     """
     samples = experience.samples()
-    order = microbatches(experience.lens, batch_size)
+    order = forward_passes(value_model, experience.lens, batch_size)
     values, scores = [], []
     for group in order:
         some = [samples[i] for i in group.tolist()]
@@ -191,11 +193,10 @@ def values_and_scores_of(
 
 
 def _per_token(
-    experience: Experience, batch_size: int, autocast: Autocast, forward: Callable[[Rectangle], list[Tensor]]
+    experience: Experience, order: list[Tensor], autocast: Autocast, forward: Callable[[Rectangle], list[Tensor]]
 ) -> list[Tensor]:
     """Each of the results of `forward`, `[C]`."""
     samples = experience.samples()
-    order = microbatches(experience.lens, batch_size)
     pieces = []
     with autocast():
         for group in order:

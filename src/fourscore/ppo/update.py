@@ -14,20 +14,20 @@ from fourscore.models.forward import (
     completion_logprobs,
     completion_logprobs_and_values,
     completion_values,
-    microbatches,
     rectangle,
     score_head,
 )
 from fourscore.models.trunk import shares_trunk
-from fourscore.parallel import Parallel, clip_gradients
+from fourscore.parallel import Parallel, clip_gradients, forward_passes
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.losses import kl_loss, policy_loss, token_weights, value_loss
 
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Numbers of one update, as in `PPOConfig`; sizes are samples on this process.
+    """Numbers of one update, as in `PPOConfig`.
 
+    Sizes are samples on this process, those of a microbatch of the greatest length, if not `microbatch_tokens` tokens.
     `kl_coef` is the weight of the KL term in the policy loss: 0 where that term is in the reward. With `value_only` the
     policy stands still.
     """
@@ -40,6 +40,7 @@ class UpdateSettings:
     cliprange_value: float
     vf_coef: float
     max_grad_norm: float
+    microbatch_tokens: int | None = None
     value_max_grad_norm: float | None = None
     cliprange_high: float | None = None
     dual_clip: float | None = None
@@ -65,6 +66,7 @@ class UpdateSettings:
             epochs=args.num_ppo_epochs,
             minibatch=args.local_mini_batch_size,
             microbatch=args.per_device_train_batch_size,
+            microbatch_tokens=args.tokens_per_microbatch,
             temperature=args.temperature,
             cliprange=args.cliprange,
             cliprange_value=args.cliprange_value,
@@ -171,7 +173,9 @@ def update(
         totals = _totals(minibatch, settings, parallel)
         for step in list(passes):
             backward, names = step
-            sums = _accumulate(backward, minibatch, totals, settings.microbatch, parallel.loss_scale / totals.tokens)
+            # The value model, if it has passes of its own, is sharded where the policy is.
+            groups = forward_passes(policy, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
+            sums = _accumulate(backward, minibatch, groups, totals, parallel.loss_scale / totals.tokens)
             largest, table = sums.pop(_RATIO_MAX, None), tables[names[0]]
             table.append(list(sums), parallel.sum(torch.stack(list(sums.values()))) / totals.tokens)
             if largest is not None and _RATIO_MAX not in metrics:  # the first minibatch
@@ -245,9 +249,9 @@ def _too_far(table: _Table, settings: UpdateSettings) -> bool:
     return table.column("policy/approxkl_avg")[-1].item() > settings.early_stop_kl
 
 
-def _accumulate(backward: Backward, minibatch: Experience, totals: _Totals, microbatch: int, scale: float) -> Sums:
+def _accumulate(backward: Backward, minibatch: Experience, groups: list[Tensor], totals: _Totals, scale: float) -> Sums:
     """Leave a minibatch's gradients in the parameters; returns what `backward` returns of all of its tokens."""
-    parts = [backward(minibatch.select(group), totals, scale) for group in microbatches(minibatch.lens, microbatch)]
+    parts = [backward(minibatch.select(group), totals, scale) for group in groups]
     stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: each.max() if name == _RATIO_MAX else each.sum(0) for name, each in stacked.items()}
 

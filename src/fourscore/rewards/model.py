@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourscore.models.forward import microbatches, sample_scores, scatter_back
+from fourscore.models.forward import sample_scores, scatter_back
+from fourscore.parallel import forward_passes
 from fourscore.ppo.experience import Experience
 from fourscore.rewards.samples import Notes, Samples
 
@@ -38,11 +39,11 @@ def score(reward_model: nn.Module, experience: Experience, batch_size: int) -> T
     Args:
         reward_model: a sequence classifier with one label.
         experience: samples.
-        batch_size: samples a forward pass.
+        batch_size: samples of the greatest length a forward pass; more where they are short.
 
     Returns:
         `[n]`, fp32.
     """
     samples = experience.samples()
-    order = microbatches(experience.lens, batch_size)
+    order = forward_passes(reward_model, experience.lens, batch_size)
     return scatter_back([sample_scores(reward_model, [samples[i] for i in group.tolist()]) for group in order], order)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fourscore.errors import FourscoreError
-from fourscore.models.forward import microbatches, sample_scores, scatter_back, without_peft
+from fourscore.models.forward import sample_scores, scatter_back, without_peft
 from fourscore.models.tokenizer import first_conflict
+from fourscore.parallel import forward_passes
 from fourscore.rewards.samples import Notes, Samples
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def text_scores(
     Args:
         model: a sequence classifier with one label.
         encoded: what its tokenizer makes of each text.
-        batch_size: texts a forward pass.
+        batch_size: texts of the greatest length a forward pass; more where they are short.
         tokenizer: for the id that pads.
 
     Returns:
@@ -89,7 +90,7 @@ def text_scores(
     device = next(model.parameters()).device
     # A text of nothing but what is left out of it still needs a token to be read.
     ids = [torch.tensor(each["input_ids"] or [0], device=device) for each in encoded]
-    order = microbatches(torch.tensor([len(each) for each in ids]), batch_size)
+    order = forward_passes(model, torch.tensor([len(each) for each in ids], device=device), batch_size)
     scores = []
     for group in order:
         some = group.tolist()
