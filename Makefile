@@ -56,7 +56,7 @@ bench-plan: $(VENV)/.installed
 evidence-parity: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/trl_parity.py $(FLAGS)
 
-# Against TRL 1.12.0: five seeds each, about 30 minutes of one core. Results are kept in .bench/evidence and not made twice.
+# Against TRL 1.12.0: ten seeds each, about an hour of one core (FLAGS="--jobs 2": of two). Results are kept in .bench/evidence and not made twice.
 evidence-learning: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet "matplotlib>=3.9"
 	$(BIN)/python benchmarks/evidence/learning.py --plot .bench/evidence/learning-curves.png $(FLAGS)
@@ -69,7 +69,7 @@ evidence-cross-tokenizer: $(VENV)/.installed
 evidence-ablations: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/ablations.py $(FLAGS)
 
-# The best policy where it is known, credit for one early token (6 minutes of one core each), what VAPO's pieces do (20).
+# The best policy where it is known, credit for one early token (6 minutes of one core each), what VAPO's pieces do (35).
 evidence-optimum: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/optimum.py $(FLAGS)
 

@@ -1,6 +1,6 @@
 """Whether fourscore learns as much as TRL 1.12.0, on the checkpoints that ship: `make evidence-learning`.
 
-Five seeds each, equal flags, episodes and optimizer steps; one evaluator for both. docs/evidence.md says how it is
+Ten seeds each, equal flags, episodes and optimizer steps; one evaluator for both. docs/evidence.md says how it is
 measured. What was done before is kept, so that a run that was cut off goes on.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     """Run, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plot", type=Path, help="draw the curves into this file (needs matplotlib)")
-    options = parse_common(parser)
+    options = parse_common(parser, seeds=10)
     python = {"fourscore": sys.executable}
     if options.from_json is None:
         python["trl"] = trl_python(options.trl_python, options.cache)

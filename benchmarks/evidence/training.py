@@ -62,9 +62,9 @@ class Run:
     points: tuple[int, ...] = (2, 5, 10, 15, 20)
 
 
-def parse_common(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Adds the flags that the comparisons have in common, and parses."""
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+def parse_common(parser: argparse.ArgumentParser, seeds: int = 5) -> argparse.Namespace:
+    """Adds the flags that the comparisons have in common, and parses; `seeds` is how many there are by default."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, seeds + 1)))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--cache", type=Path, default=Path(".bench"), help="for results, and TRL's environment")
     parser.add_argument("--trl_python", help="a Python that has TRL 1.12.0 (default: set up in --cache)")

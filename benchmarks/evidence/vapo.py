@@ -190,7 +190,7 @@ def _bins(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Train what is missing, and print all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
