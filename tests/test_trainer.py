@@ -1,5 +1,6 @@
 """What a user sees of PPOTrainer: its files, its callbacks, its errors."""
 
+import gzip
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -454,3 +455,32 @@ def test_a_completion_that_a_text_ends_is_not_penalized(tmp_path: Path) -> None:
 def test_bad_options_of_the_rollout(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(FourscoreError, match=message):
         trainer_on(config(tmp_path, **changes))
+
+
+def test_profile_writes_a_trace_of_one_update_and_prints_what_costs_most(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "profile"
+    trainer = trainer_on(config(tmp_path, profile=True, num_sample_generations=0, max_steps=3))
+    trainer.add_callback(NotYet(folder))
+    trainer.train()
+    shown = capsys.readouterr().out
+    calls = {}
+    for phase in ("rollout", "scoring", "update"):
+        with gzip.open(folder / f"{phase}.json.gz", "rt") as file:
+            calls[phase] = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "cpu_op"]
+        assert shown.count(f"{phase}: costliest operations") == 1
+    assert "aten::mm" in shown
+    assert not any("backward" in name for name in calls["rollout"] + calls["scoring"])
+    assert any("backward" in name for name in calls["update"])
+    only = trainer_on(config(tmp_path / "only", profile=True, num_sample_generations=0, max_steps=1))
+    only.train()
+    assert len(list((tmp_path / "only" / "profile").iterdir())) == 3
+
+
+class NotYet(TrainerCallback):
+    """The first update is not the one that is watched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        assert self.folder.exists() == (state.global_step > 1)

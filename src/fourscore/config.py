@@ -273,6 +273,7 @@ class PPOConfig(TrainingArguments):
     ds3_gather_for_generation: bool = _flag("ds3_gather_for_generation", True)
 
     ignore_plan: bool = _flag("ignore_plan", False)
+    profile: bool = _flag("profile", False)
 
     # transformers 5.23 has both names, before that there is the old one alone. Declared here, both always work.
     activation_checkpointing: bool | None = _flag("activation_checkpointing", None, nargs="?", const=True)

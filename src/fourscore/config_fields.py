@@ -341,6 +341,10 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "logging_steps": _changed(
             "Updates between reports.", "Default: 1. metrics.jsonl has a line for every update in any case."
         ),
+        "profile": _changed(
+            "Write a trace of one update and print its costliest operations, by phase.",
+            "Not in TRL. Of the second update, or of the only one; traces are in the run's folder profile/.",
+        ),
         "logging_first_step": _honoured("Report the first update too."),
         "report_to": _honoured("Tracker, such as trackio, wandb or tensorboard."),
         "run_name": _honoured("Name of the run in trackers."),

@@ -108,6 +108,7 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "hub_model_id",
         "use_cpu",
         "ignore_plan",
+        "profile",
     ),
     "PEFT and quantization": (
         "use_peft",

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fourscore.runs.clock import Clock
 from fourscore.runs.hub import upload
 from fourscore.runs.memory import peak_gib, return_freed_memory
 from fourscore.runs.metrics import JsonLines, write_json_atomic
+from fourscore.runs.profile import Profile
 from fourscore.runs.progress import PPOProgress
 from fourscore.runs.samples import print_samples
 
@@ -228,17 +229,19 @@ class PPOTrainer:
         while state.global_step < state.max_steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, state, self.control)
             clock = Clock()
+            watch = self._profiled(state.episode - earlier)
 
             before = checkpoint.rng_state(), self.scorer.state()
             indices = self._next_indices()
-            experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
+            with watch("rollout"):
+                experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
             clock.lap("time/rollout_s")
-            with self._resumable(before):
+            with self._resumable(before), watch("scoring"):
                 rewards = self._score(experience, indices)
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
             fill_in_targets(experience, args, state.kl_coef, value_only, parallel.sum)
-            with self._resumable(before):
+            with self._resumable(before), watch("update"):
                 metrics = self._update(experience, value_only)
             clock.lap("time/update_s")
 
@@ -255,6 +258,18 @@ class PPOTrainer:
             with self._resumable():
                 self._record(experience, metrics)
         return metrics
+
+    def _profiled(self, drawn: int) -> Callable[[str], AbstractContextManager]:
+        """Makes the context of each phase of an update, before which so many samples were drawn by this process's run.
+
+        With `--profile` it watches the second update, as the first one pays for what is set up once; or the only one.
+        """
+        args, state = self.args, self.state
+        second = drawn == args.batch_size
+        only = drawn == 0 and state.global_step + 1 >= state.max_steps
+        if not (args.profile and self.parallel.is_main and (second or only)):
+            return lambda phase: nullcontext()
+        return Profile(Path(args.output_dir) / "profile", self.parallel.device).phase
 
     @torch.no_grad()
     def _rollout(
