@@ -56,8 +56,8 @@ class Case:
 
 SELECTION = [
     *(Case(EMBEDDED, workload, training) for workload in ("even", "ragged") for training in ("lora", "full")),
+    Case(EMBEDDED, "tldr", "lora"),
     Case("smollm2-135m", "ragged", "lora"),
-    Case("smollm2-135m", "tldr", "lora"),
 ]
 ALL = {
     "cpu": {"models": [EMBEDDED, "smollm2-135m"], "training": ["lora", "full"]},
