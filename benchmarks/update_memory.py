@@ -28,11 +28,13 @@ from trl_env import trl_python
 
 # Of TRL's peak.
 AIMS = {"full": 0.70, "lora": 0.20}
-# The systems: a name, who trains, and who loads.
-SYSTEMS = {
-    "TRL": ("trl", "separate"),
-    "fourscore, loaded as by TRL's script": ("fourscore", "separate"),
-    "fourscore, load_models": ("fourscore", "load_models"),
+# The systems: a name, who trains, who loads, and flags.
+UNPACKED = {"pack_rollout_weights": False}
+SYSTEMS: dict[str, tuple[str, str, dict[str, bool]]] = {
+    "TRL": ("trl", "separate", {}),
+    "fourscore, loaded as by TRL's script, no packed copy": ("fourscore", "separate", UNPACKED),
+    "fourscore, load_models, no packed copy": ("fourscore", "load_models", UNPACKED),
+    "fourscore, load_models": ("fourscore", "load_models", {}),
 }
 COLUMNS = ("peak MiB", "of TRL", "above imports", "of TRL", "while loading", "mapped MiB", "s an update", "of TRL")
 
@@ -55,7 +57,7 @@ def works_of(
 ) -> dict[str, Work]:
     """One for each system, TRL's first."""
     works = {}
-    for name, (system, loading) in SYSTEMS.items():
+    for name, (system, loading, flags) in SYSTEMS.items():
         if system == "trl" and trl is None:
             continue
         job = {
@@ -68,7 +70,7 @@ def works_of(
             "updates": options.updates,
             "batch": 16,
             "microbatch": options.microbatch,
-            "flags": {"gradient_checkpointing": checkpointing == "true"},
+            "flags": {"gradient_checkpointing": checkpointing == "true"} | flags,
             "device": options.device,
         }
         works[name] = Work(trl if system == "trl" and trl else sys.executable, "update_worker.py", job)

@@ -11,7 +11,7 @@ from fourscore.errors import FourscoreError
 from fourscore.models import loading
 from fourscore.plan import estimate
 from fourscore.plan.advice import advise
-from fourscore.plan.estimate import PHASES, NoPlan, make_plan
+from fourscore.plan.estimate import PHASES, NoPlan, make_plan, plan_of_run
 from fourscore.plan.memory import Capacity
 from fourscore.plan.report import as_json
 from fourscore.ppo.optim import build_optimizer
@@ -361,3 +361,27 @@ def test_plan_of_what_cannot_be_trained_says_so(flags, tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     with pytest.raises(FourscoreError, match="nowhere"):
         make_plan(*settings(tmp_path / "nowhere", tmp_path))
+
+
+def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_there_is_room(llama_policy, llama_reward):
+    args, model_args = settings(llama_policy, llama_reward, gradient_checkpointing=True, response_length=64)
+    peaks = {}
+    for value in (True, False):
+        args.gradient_checkpointing = args.activation_checkpointing = value
+        plan = make_plan(args, model_args, prompt=8)
+        peaks[value] = max(plan.peak_bytes.values()) - plan.baseline
+    assert peaks[False] > peaks[True]
+
+    def decided(room_for, asked_for):
+        args.gradient_checkpointing = args.activation_checkpointing = True
+        args.checkpointing_open = not asked_for
+        baseline = make_plan(args, model_args, prompt=8).baseline
+        plan = plan_of_run(args, model_args, prompt=8, room=room(room_for + 2 * baseline))
+        assert args.gradient_checkpointing == args.activation_checkpointing
+        assert max(plan.peak_bytes.values()) - plan.baseline == peaks[args.gradient_checkpointing]
+        return args.gradient_checkpointing
+
+    enough = 2**33
+    assert decided(enough, asked_for=True) is True
+    assert decided(enough, asked_for=False) is False
+    assert decided(-(2**33), asked_for=False) is True

@@ -238,29 +238,30 @@ def _planned(
 
     from fourscore.plan.estimate import NoPlan, Plan
 
-    decision: list[Any] = [None]
+    decision: list[Any] = [None, None]
     plan: Plan | None = None
     if training_args.process_index == 0:
         try:
             plan = _make_plan(checked, training_args, model_args)
-            decision = [_may_start(plan, training_args, model_args)]
+            decision = [_may_start(plan, training_args, model_args), training_args.gradient_checkpointing]
         except NoPlan as error:
             _print_lines("warning:", error.lines)
-            decision = [True]
+            decision = [True, training_args.gradient_checkpointing]
         except FourscoreError as error:
-            decision = [error]
+            decision = [error, None]
     broadcast_object_list(decision)
     if isinstance(decision[0], FourscoreError):
         raise decision[0]
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = decision[1]
     return bool(decision[0]), None if plan is None else plan.layout
 
 
 def _make_plan(checked: "Preflight", training_args: "PPOConfig", model_args: "ModelConfig", **options: Any) -> "Plan":
     from fourscore.data import longest_prompt
-    from fourscore.plan.estimate import make_plan
+    from fourscore.plan.estimate import plan_of_run
 
     prompt = None if checked.train_dataset is None else longest_prompt(checked.train_dataset)
-    return make_plan(training_args, model_args, inspected=checked.models, prompt=prompt, **options)
+    return plan_of_run(training_args, model_args, inspected=checked.models, prompt=prompt, **options)
 
 
 def _may_start(plan: "Plan", training_args: "PPOConfig", model_args: "ModelConfig") -> bool:

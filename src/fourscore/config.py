@@ -290,6 +290,8 @@ class PPOConfig(TrainingArguments):
 
     # Whether total_episodes follows from other fields: a saved configuration then leaves it to them.
     episodes_derived = False
+    # Whether activation checkpointing is on because nobody said anything: the plan may then switch it off.
+    checkpointing_open = False
 
     def __post_init__(self) -> None:
         """Check the values and put in those that depend on the machine."""
@@ -493,7 +495,7 @@ class PPOConfig(TrainingArguments):
                 except json.JSONDecodeError as error:
                     raise FourscoreError(f"--{old} {value}: is not JSON ({error})") from None
             if new == "activation_checkpointing" and value is None:
-                value = accelerated
+                value = self.checkpointing_open = accelerated
             setattr(self, new, value)
             setattr(self, old, value)
 

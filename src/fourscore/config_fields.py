@@ -297,12 +297,13 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "fp16_full_eval": _refused("float16 evaluation.", "Evaluation has the precision of training: use --bf16."),
         "tf32": _honoured("TF32 matrix products on CUDA."),
         "gradient_checkpointing": _changed(
-            "Recompute activations, to save memory (default: on; off on a CPU).",
-            "Unset means on for an accelerator, off on a CPU (TRL: on).",
+            "Recompute activations, to save memory (default: where the plan needs it; off on a CPU).",
+            "Unset means off on a CPU, and on an accelerator what fourscore ppo's plan needs; PPOTrainer, which has no "
+            "plan, has it on there (TRL: on).",
         ),
         "activation_checkpointing": _changed(
             "Newer name of gradient_checkpointing.",
-            "Unset means on for an accelerator, off on a CPU. Works with every supported transformers version.",
+            "Works with every supported transformers version.",
         ),
         "gradient_checkpointing_kwargs": _honoured("Arguments of gradient checkpointing, as JSON."),
         "activation_checkpointing_kwargs": _honoured("Newer name of gradient_checkpointing_kwargs."),

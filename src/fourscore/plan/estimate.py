@@ -1,5 +1,6 @@
 """The plan of a run: what each role is made of and what it takes, from configs and headers alone."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,11 @@ from fourscore.plan.skeleton import Skeleton, build_roles, layers_of, logical_nu
 from fourscore.ppo.optim import state_bytes
 from fourscore.rewards.function import names_function
 
+_ROOMY = 0.8
+"""Share of what there is that a run may take for activation checkpointing to be switched off, where nobody asked for it.
+
+A plan is not exact, and an accelerator's memory is broken up as it is used.
+"""
 PHASES = ("load", "rollout", "scoring", "update")
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
 ASSUMED_PROMPT = 512
@@ -119,6 +125,27 @@ class Plan:
         if self.capacity.device is not None:
             return self.capacity.device
         return self.capacity.host // self.processes_here
+
+
+def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: Any) -> Plan:
+    """Plans a run, and switches activation checkpointing off where nobody asked for it and the plan has room without.
+
+    Args:
+        training_args: batches, lengths, optimizer, precision; `gradient_checkpointing` may change.
+        model_args: dtype of frozen weights, PEFT, quantization.
+        options: more of `make_plan`'s.
+
+    Raises:
+        FourscoreError: as `make_plan`.
+    """
+    if training_args.checkpointing_open:
+        without: Any = copy.copy(training_args)
+        without.gradient_checkpointing = without.activation_checkpointing = False
+        plan = make_plan(without, model_args, **options)
+        if plan.peak_bytes[plan.largest] <= _ROOMY * plan.available:
+            training_args.gradient_checkpointing = training_args.activation_checkpointing = False
+            return plan
+    return make_plan(training_args, model_args, **options)
 
 
 def make_plan(
