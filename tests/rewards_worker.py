@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from parallel_worker import PROMPTS, fixed_completions
 
-import fourscore.ppo.trainer as trainer_module
+import fourscore.rollout.transformers as rollout_module
 from fourscore import ModelConfig, PPOConfig, PPOTrainer, load_models
 from fourscore.errors import RewardError
 
@@ -62,7 +62,7 @@ def make_trainer(out: Path, world_size: int, sft: str, encoder: str, *functions:
 
 
 def main(out: Path, world_size: int, sft: str, encoder: str) -> None:
-    trainer_module.generate = fixed_completions
+    rollout_module.generate = fixed_completions
     trainer = make_trainer(out / "sound", world_size, sft, encoder, mixed, slow)
     assert trainer.parallel.world_size == world_size
     trainer.train()

@@ -10,7 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import safetensors
 import torch
 import transformers
+import vllm_server
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_model, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -185,6 +187,27 @@ def weights_only_run() -> None:
     Path("runs/a/config.yaml").write_text("")
 
 
+SERVERS: list[vllm_server.Server] = []
+VLLM_PORT = 8000
+"""In the rows; the server of a test listens where there is room."""
+
+
+def vllm(**facts: Any) -> Callable[[], Any]:
+    """A server that says this of itself."""
+
+    def serve() -> None:
+        said = vllm_server.Facts(**facts)
+
+        def answer(method: str, path: str, body: Any) -> vllm_server.Answered:
+            return vllm_server.described(method, path, said) or (400, {})
+
+        server = vllm_server.Server(("127.0.0.1", 0), vllm_server.handler(answer))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        SERVERS.append(server)
+
+    return serve
+
+
 BERT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA_LAYERS = "(its linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj)"
 CONVERT = (
@@ -193,6 +216,8 @@ CONVERT = (
     "a, b = './{folder}', './{folder}-safetensors'; M.from_pretrained(a, dtype='auto').save_pretrained(b); "
     'T.from_pretrained(a).save_pretrained(b)" (or trust it: --allow_pickle)'
 )
+AT = f"--vllm_server_url http://127.0.0.1:{VLLM_PORT}"
+VLLM = f"--rollout_engine vllm {AT}"
 WAY_OUT = "fetch it again"
 
 ROWS = {
@@ -888,6 +913,85 @@ ROWS = {
             prepare=config(SFT, intermediate_size=10**12),
         ),
     ],
+    "The vLLM server": [
+        row(
+            "a server without the engine",
+            "--vllm_server_url http://127.0.0.1:8000",
+            "--vllm_server_url http://127.0.0.1:8000: does nothing without --rollout_engine vllm; add it or drop this",
+        ),
+        row(
+            "the engine without a server",
+            "--rollout_engine vllm",
+            "--rollout_engine vllm: needs the address of a server, --vllm_server_url http://host:port; docs/rollout.md "
+            "has the command that starts one",
+        ),
+        row(
+            "sampling that it cannot do",
+            f"{VLLM} --top_k 50 --top_p 0.9 --temperature 3",
+            "--top_k 50 and --top_p 0.9 with --rollout_engine vllm: the server does not say which tokens that leaves, "
+            "and logprobs need it; drop it, or use --rollout_engine transformers",
+            "--temperature 3.0 with --rollout_engine vllm: vLLM draws at 0.01 to 2.0; change it, or use "
+            "--rollout_engine transformers",
+        ),
+        row(
+            "an address of another kind",
+            "--rollout_engine vllm --vllm_server_url localhost:8000",
+            "--vllm_server_url localhost:8000: must start with http:// or https://",
+        ),
+        row(
+            "a server that does not run",
+            "--rollout_engine vllm --vllm_server_url http://127.0.0.1:9",
+            "--vllm_server_url http://127.0.0.1:9: no answer (...); start the server, docs/rollout.md says how",
+        ),
+        row(
+            "a server that was started without what it needs",
+            VLLM,
+            f"{AT}: is not in development mode; start it with VLLM_SERVER_DEV_MODE=1",
+            prepare=vllm(dev=False),
+        ),
+        row(
+            "one that takes no tokens",
+            VLLM,
+            f"{AT}: takes no token ids; start it with --enable-scale-out",
+            prepare=vllm(scale_out=False),
+        ),
+        row(
+            "one with other logprobs, and too short",
+            VLLM,
+            f"{AT}: its logprobs are raw_logprobs, which are not those of the tokens it draws; start it with "
+            "--logprobs-mode processed_logprobs",
+            f"{AT}: takes 8 tokens, the longest prompt and --response_length are ...; start it with a larger "
+            "--max-model-len, or lower --max_prompt_length or --response_length",
+            prepare=vllm(logprobs_mode="raw_logprobs", max_model_len=8),
+        ),
+        row(
+            "one that takes no adapters",
+            f"{VLLM} --use_peft",
+            f"{AT}: takes no adapters, which --use_peft needs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
+            "--enable-lora and --max-lora-rank 16",
+            prepare=vllm(max_lora_rank=0),
+        ),
+        row(
+            "an adapter that is too large for it, on weights of another run",
+            f"{VLLM} --use_peft --lora_r 32",
+            f"{AT}: takes adapters up to rank 16, this one has 32; start it with a larger --max-lora-rank",
+            f"{AT}: has the weights of another run (fourscore-1234-5), no base for an adapter; start it again",
+            prepare=vllm(weights="fourscore-1234-5"),
+        ),
+        row(
+            "an adapter that vLLM has not",
+            f"{VLLM} --use_peft --use_dora",
+            "--use_dora with --rollout_engine vllm: vLLM cannot take such an adapter; leave out one of the two",
+            prepare=vllm(),
+        ),
+        row(
+            "a server of another model",
+            VLLM,
+            f"{AT}: serves ./reward, whose vocab_size is 299, but --sft_model_path ./sft has ...; start it with that "
+            "one",
+            prepare=then(config(REWARD, vocab_size=299), vllm(path="./reward")),
+        ),
+    ],
     "Several at once": [
         row(
             "one thing wrong in each of six flags",
@@ -935,13 +1039,17 @@ def command(flags: str | list[str]) -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, llama_policy, llama_reward) -> Path:
+def place(tmp_path, monkeypatch, llama_policy, llama_reward) -> Iterator[Path]:
     """A directory with all that a sound run needs."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama_policy, "sft")
     shutil.copytree(llama_reward, "reward")
     prompts(*({"prompt": f"the film {word} was"} for word in "abcdefgh"))()
-    return tmp_path
+    yield tmp_path
+    while SERVERS:
+        server = SERVERS.pop()
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -981,9 +1089,11 @@ def test_bad_input(case, place, weights_read, capsys):
     case.prepare()
     files = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     capsys.readouterr()
-    assert cli.main(command(case.flags)) == 2
+    port = f":{SERVERS[0].server_port if SERVERS else VLLM_PORT}"
+    given = [word.replace(f":{VLLM_PORT}", port) for word in command(case.flags)]
+    assert cli.main(given) == 2
     assert not weights_read
-    lines = capsys.readouterr().err.replace(f"{place}/", "./").splitlines()
+    lines = capsys.readouterr().err.replace(f"{place}/", "./").replace(port, f":{VLLM_PORT}").splitlines()
     assert [line for line in lines if not line.startswith(("error: ", "warning: "))] == []
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     assert len(errors) == len(case.messages), errors

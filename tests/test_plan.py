@@ -218,6 +218,17 @@ def test_layers_are_extrapolated_exactly(model, tmp_path, monkeypatch):
         assert max(short[phase].values()) == pytest.approx(max(whole[phase].values()), rel=0.002)
 
 
+def test_a_server_takes_the_memory_of_rollouts(llama_policy, llama_reward):
+    here = make_plan(*settings(llama_policy, llama_reward, response_length=64), prompt=32)
+    url = {"rollout_engine": "vllm", "vllm_server_url": "http://127.0.0.1:8000"}
+    elsewhere = make_plan(*settings(llama_policy, llama_reward, response_length=64, **url), prompt=32)
+    assert here.kv_cache > 0 and elsewhere.kv_cache == 0
+    taken = [plan.peak_bytes["rollout"] - plan.baseline for plan in (here, elsewhere)]
+    assert taken[0] - taken[1] >= here.kv_cache
+    assert any("vLLM server" in line for line in elsewhere.assumptions)
+    assert elsewhere.parts["scoring"] == here.parts["scoring"]
+
+
 def test_checkpointing_lowers_the_update(llama_policy, llama_reward):
     def update(**training):
         args, model_args = settings(

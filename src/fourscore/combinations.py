@@ -7,6 +7,9 @@ from fourscore.errors import Findings
 if TYPE_CHECKING:
     from fourscore.config import PPOConfig
 
+VLLM_TEMPERATURES = 0.01, 2.0
+"""What vLLM neither refuses nor changes, 0 aside."""
+
 
 def contradictions(args: "PPOConfig", findings: Findings) -> None:
     """What cannot be meant, of flags alone."""
@@ -16,6 +19,33 @@ def contradictions(args: "PPOConfig", findings: Findings) -> None:
         findings.error(
             f"--value_warmup_updates {args.value_warmup_updates}: with --vf_coef 0 nothing learns in them; raise it, "
             "or drop them (0)"
+        )
+
+    if args.rollout_engine == "vllm":
+        _of_vllm(args, findings)
+    elif args.vllm_server_url is not None:
+        findings.error(
+            f"--vllm_server_url {args.vllm_server_url}: does nothing without --rollout_engine vllm; add it or drop this"
+        )
+
+
+def _of_vllm(args: "PPOConfig", findings: Findings) -> None:
+    if args.vllm_server_url is None:
+        findings.error(
+            "--rollout_engine vllm: needs the address of a server, --vllm_server_url http://host:port; docs/rollout.md "
+            "has the command that starts one"
+        )
+    truncated = [f"--top_k {args.top_k}"] * (args.top_k > 0) + [f"--top_p {args.top_p}"] * (args.top_p < 1)
+    if truncated:
+        findings.error(
+            f"{' and '.join(truncated)} with --rollout_engine vllm: the server does not say which tokens that leaves, "
+            "and logprobs need it; drop it, or use --rollout_engine transformers"
+        )
+    low, high = VLLM_TEMPERATURES
+    if not low <= args.temperature <= high:
+        findings.error(
+            f"--temperature {args.temperature} with --rollout_engine vllm: vLLM draws at {low} to {high}; change it, "
+            "or use --rollout_engine transformers"
         )
 
 

@@ -203,6 +203,10 @@ class PPOConfig(TrainingArguments):
     center_scores: int = _flag("center_scores", 0)
 
     # Rollout
+    rollout_engine: Literal["transformers", "vllm"] = _flag("rollout_engine", "transformers")
+    vllm_server_url: str | None = _flag("vllm_server_url", None)
+    vllm_timeout: float = _flag("vllm_timeout", 300.0)
+    vllm_retries: int = _flag("vllm_retries", 8)
     response_length: int = _flag("response_length", 53)
     min_response_length: int = _flag("min_response_length", 0)
     num_generations: int = _flag("num_generations", None)
@@ -526,6 +530,7 @@ class PPOConfig(TrainingArguments):
             "missing_eos_penalty",
             "num_train_epochs",
             "reward_timeout",
+            "vllm_timeout",
             "score_clip",
             "kl_target",
             "early_stop_kl",
@@ -533,6 +538,7 @@ class PPOConfig(TrainingArguments):
         not_negative = (
             "freeze_layers",
             "reward_retries",
+            "vllm_retries",
             "overlong_buffer",
             "overlong_penalty",
             "center_scores",
@@ -570,6 +576,7 @@ class PPOConfig(TrainingArguments):
         choices: dict[str, tuple[str | None, ...]] = {
             "kl_estimator": ("k1", "k3"),
             "value_training": ("adapter", "full"),
+            "rollout_engine": ("transformers", "vllm"),
             "stop_token": ("eos", "none", None),
             "loss_aggregation": ("token", "sequence"),
             "max_prompt_length_action": ("drop", "truncate"),
@@ -594,14 +601,12 @@ class PPOConfig(TrainingArguments):
                 _require(math.isfinite(weight), "reward_weights", weight, "must be a number")
         with findings.collect():
             _require(math.isfinite(self.length_penalty), "length_penalty", self.length_penalty, "must be a number")
-        for url in self.reward_url or ():
-            with findings.collect():
-                _require(
-                    re.match(r"https?://[^/]+", url) is not None,
-                    "reward_url",
-                    url,
-                    "must start with http:// or https://",
-                )
+        urls = [("reward_url", url) for url in self.reward_url or ()]
+        for name, url in [*urls, ("vllm_server_url", self.vllm_server_url)]:
+            if url is not None:
+                with findings.collect():
+                    must = "must start with http:// or https://"
+                    _require(re.match(r"https?://[^/]+", url) is not None, name, url, must)
         if self.top_k == 1:
             findings.error("--top_k 1: leaves one token to draw, of which nothing is learned; give more, or 0 for all")
         if not all(self.stop_strings or ()):

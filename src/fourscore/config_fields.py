@@ -99,6 +99,19 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
     },
     "Rollout": {
+        "rollout_engine": _changed(
+            "What draws completions: the policy in this process, or a vLLM server.",
+            "Not in TRL's PPO. See docs/rollout.md.",
+        ),
+        "vllm_server_url": _changed(
+            "The vLLM server, which is given the weights or the adapter before each rollout.",
+            "Not in TRL's PPO. See docs/rollout.md for the command that starts one.",
+        ),
+        "vllm_timeout": _changed("Seconds that the vLLM server may take for an answer.", "Not in TRL's PPO."),
+        "vllm_retries": _changed(
+            "Times that a request to the vLLM server is repeated; 8 wait 2 minutes for one that starts again.",
+            "Not in TRL's PPO.",
+        ),
         "response_length": _honoured("Most tokens in a completion."),
         "min_response_length": _changed(
             "Least tokens in a completion.", "Not in TRL. The stop token counts. See docs/rollout.md."

@@ -75,5 +75,9 @@ class RatioError(StoppedRun):
     """Rollout and update do not compute the same logprobs."""
 
 
+class RolloutError(StoppedRun):
+    """Completions that could not be had from a rollout engine: names the engine, and the way out."""
+
+
 class RewardError(StoppedRun):
     """A reward that could not be had, or is no number: names the reward, and where it is about one, the sample."""

@@ -18,6 +18,7 @@ from fourscore.models.checks import Inspected, check_length, inspect_models, is_
 from fourscore.parallel import is_sharded
 from fourscore.ppo.optim import optimization, state_bytes
 from fourscore.rewards.build import check_rewards
+from fourscore.rollout.build import check_engine
 from fourscore.runs import directory
 from fourscore.runs.checkpoint import check_resumable
 
@@ -79,6 +80,7 @@ def preflight(
         check_rewards(args, model_args, None if train is None else other_columns(train))
     with findings.collect():
         args.resolve_batches(1 if train is None else len(train), args.world_size or 1)
+    longest = None
     if train is not None:
         longest = max(longest_prompt(dataset) for dataset in (train, held_out) if dataset is not None)
         check_lengths(models, longest, args.response_length, findings)
@@ -86,6 +88,7 @@ def preflight(
     if not writes:
         return Preflight(models, train, held_out, findings)
     _check_settings(args, findings)
+    check_engine(args, model_args, models.sft, longest, findings)
     with findings.collect():
         directory.check(str(args.output_dir), resume)
         if resume and (folder := directory.last_checkpoint(str(args.output_dir)) if resume is True else Path(resume)):
@@ -162,7 +165,10 @@ def _check_disk(models: Inspected, args: "PPOConfig", model_args: "ModelConfig",
     averaged = 0
     if args.ema_decay is not None:
         averaged = FP32_BYTES * (trained_parameters(models, args, model_args, ("policy",)) or 0)
-    weights = trained * FP32_BYTES + averaged
+    handed_over = 0
+    if args.rollout_engine == "vllm":
+        handed_over = FP32_BYTES * (trained_parameters(models, args, model_args, ("policy",)) or 0)
+    weights = trained * FP32_BYTES + averaged + handed_over
     one = checkpoint_bytes(trained, args.optim.value, args.save_only_model) + averaged
     kept = checkpoints_kept(args)
     where = f"--output_dir {args.output_dir}: the disk has {_size(free)} left"

@@ -242,6 +242,21 @@ def trained_adapter(model: PeftModel) -> str:
     return next((n for n in model.base_model.active_adapters if n not in frozen), str(model.active_adapter))
 
 
+def adapter_folder(model: PeftModel, folder: Path) -> Path:
+    """Where in a folder `save_pretrained` puts the adapter that trains: each but "default" gets one of its name."""
+    name = trained_adapter(model)
+    return folder if name == "default" else folder / name
+
+
+def can_be_one(model: PeftModel) -> bool:
+    """Whether the active adapters are one LoRA, or can be put together as one."""
+    configs = [cast(Any, model.peft_config[name]) for name in model.base_model.active_adapters]
+    plain = all(
+        c.peft_type == "LORA" and not c.use_dora and not c.target_parameters and c.bias == "none" for c in configs
+    )
+    return plain or len(configs) == 1
+
+
 def write_combined_adapter(model: PeftModel, folder: Path) -> None:
     """Makes one LoRA of the frozen adapters and the trained one in a folder that `save_pretrained` has written.
 
@@ -253,9 +268,9 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
         folder: holds the trained adapter, and each frozen one in a folder of its name.
     """
     frozen, trained = frozen_adapters(model), trained_adapter(model)
-    places = {name: folder / name for name in frozen} | {trained: folder if trained == "default" else folder / trained}
+    places = {name: folder / name for name in frozen} | {trained: adapter_folder(model, folder)}
     configs = {name: cast(Any, model.peft_config[name]) for name in places}
-    if any(c.peft_type != "LORA" or c.use_dora or c.target_parameters or c.bias != "none" for c in configs.values()):
+    if not can_be_one(model):
         logger.warning("%s holds two adapters: load %s first and put %s on top", folder, ", ".join(frozen), trained)
         return
     pieces: dict[str, dict[str, Tensor]] = {}

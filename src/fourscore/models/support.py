@@ -54,6 +54,19 @@ class Support:
         return cls(torch.cat([ids, bits.flatten()]), lens, kinds[order], vocabulary).select(order.argsort())
 
     @classmethod
+    def without(cls, ids: Sequence[int], where: Tensor, vocabulary: int) -> Self:
+        """The support of tokens that are drawn from the whole vocabulary, or from all but a few ids.
+
+        Args:
+            ids: that some of the tokens are not drawn from.
+            where: `[C]` bool, which of them.
+            vocabulary: ids that there are to draw from.
+        """
+        words = torch.tensor(sorted(set(ids)), dtype=torch.int32, device=where.device)
+        kinds = torch.full_like(where, BARRED, dtype=torch.uint8)
+        return cls(words.repeat(int(where.sum())), where * len(words), kinds, vocabulary)
+
+    @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """The tokens of several, one after the other."""
         words, lens, kinds = (torch.cat([getattr(p, name) for p in parts]) for name in ("words", "lens", "kinds"))

@@ -213,9 +213,13 @@ def make_plan(
             skeleton = build_roles(layout, model_args, training_args)
             averaged = {"policy"} if training_args.ema_decay is not None else set()
             roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
-        packs = on_cpu and training_args.pack_rollout_weights and sharding == "none"
+        elsewhere = training_args.rollout_engine == "vllm"
+        packs = on_cpu and training_args.pack_rollout_weights and sharding == "none" and not elsewhere
         copy = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
         parts = trace_phases(layout, model_args, training_args, sizes, device)
+        if elsewhere:
+            parts["rollout"] = {"server": 0}
+            assumptions.append("completions are drawn by the vLLM server, whose memory is not counted")
         further = _further_rewards(training_args, model_args, on_cpu)
     except FourscoreError:
         raise
@@ -264,7 +268,7 @@ def make_plan(
         world_size=world_size,
         sharding=sharding,
         baseline=baseline,
-        kv_cache=_kv_cache(layout, sizes, training_args),
+        kv_cache=0 if elsewhere else _kv_cache(layout, sizes, training_args),
         packed=copy,
         support=support,
         parts=parts,

@@ -22,6 +22,8 @@ class Experience:
         has_eos: `[n]` bool, the completion ended by itself: with a stop token or text, or it holds an EOS token where
             nothing stops it.
         support: of the `C` completion tokens; None where all were drawn from the whole vocabulary.
+        engine_logprobs: `[C]` nats, what a rollout engine with a forward pass of its own says of the tokens it drew;
+            None where the policy itself generated them.
         logprobs: `[C]` nats, of the policy that generated the samples.
         ref_logprobs: `[C]` nats, of the reference policy.
         values: `[C]` value of the state in which the token was chosen.
@@ -38,6 +40,7 @@ class Experience:
     completion_lens: Tensor
     has_eos: Tensor
     support: Support | None = None
+    engine_logprobs: Tensor | None = None
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None

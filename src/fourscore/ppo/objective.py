@@ -51,6 +51,33 @@ def objective_metrics(experience: Experience, kl_coef: float, parallel: Parallel
     }
 
 
+def mismatch_metrics(experience: Experience, parallel: Parallel) -> dict[str, float]:
+    """How far the policy is from what a rollout engine with a forward pass of its own says of the tokens it drew.
+
+    Args:
+        experience: samples with logprobs filled in.
+        parallel: the processes.
+
+    Returns:
+        over all tokens of all processes, `rollout/logprob_mismatch_mean` and `rollout/logprob_mismatch_max` of the
+        absolute difference of logprobs in nats, and `rollout/ratio_mean`, policy over engine; nothing where the policy
+        itself generated.
+    """
+    e = experience
+    if e.engine_logprobs is None:
+        return {}
+    assert e.logprobs is not None
+    difference = e.logprobs - e.engine_logprobs
+    wide = torch.float32 if difference.device.type == "mps" else torch.float64  # MPS has no float64
+    sums = [difference.abs().sum(), difference.exp().sum(), torch.tensor(len(difference), device=difference.device)]
+    absolute, ratio, n = parallel.sum(torch.stack([t.to(wide) for t in sums])).tolist()
+    return {
+        "rollout/logprob_mismatch_mean": absolute / n,
+        "rollout/logprob_mismatch_max": parallel.max(float(difference.abs().max())),
+        "rollout/ratio_mean": ratio / n,
+    }
+
+
 def value_metrics(experience: Experience, gamma: float, parallel: Parallel) -> dict[str, float]:
     """How well the values of the rollout's states foretold what came: Monte-Carlo returns, over all processes.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, longest_prompt, other_columns, prompt_ids, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
+from fourscore.models.adapters import adapter_folder
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token, check_top_k
 from fourscore.models.tokenizer import saved_tokenizer
@@ -26,7 +27,7 @@ from fourscore.parallel import Parallel
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.first_ratio import ratio_bound, ratio_finding
 from fourscore.ppo.kl_control import adapted_kl_coef
-from fourscore.ppo.objective import objective_metrics, value_metrics
+from fourscore.ppo.objective import mismatch_metrics, objective_metrics, value_metrics
 from fourscore.ppo.optim import optimization, step_schedules
 from fourscore.ppo.roles import prepare_roles
 from fourscore.ppo.scoring import fill_in, kl_of_samples
@@ -37,8 +38,9 @@ from fourscore.rewards.samples import Reward, Samples
 from fourscore.rewards.scorer import Rated
 from fourscore.rewards.server import Server
 from fourscore.rewards.text_model import tokenizer_of_text_model
+from fourscore.rollout.build import build_engine
 from fourscore.rollout.sampling import Sampling
-from fourscore.rollout.transformers import generate, overridden_settings
+from fourscore.rollout.transformers import overridden_settings
 from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
 from fourscore.runs.clock import Clock
@@ -52,6 +54,8 @@ from fourscore.runs.samples import print_samples
 logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 5
+MISMATCH = 0.1
+"""Nats a token between engine and policy in the mean, more than rounding makes."""
 
 
 @dataclass
@@ -106,6 +110,7 @@ class PPOTrainer:
         reward_model: frozen, or None. With FSDP and adapters it is the value model, its adapter off while it scores.
         value_model: trains.
         average: the moving average of the policy's weights, with `args.ema_decay`.
+        engine: what draws completions.
         scorer: the reward model and all other rewards together.
         state: transformers' `TrainerState`, with `episode`.
         run_config: dataclasses that `config.yaml` records.
@@ -170,6 +175,8 @@ class PPOTrainer:
         self._check_rewards()
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
         self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
+        folder = Path(args.output_dir) / directory.HANDED_OVER
+        self.engine = build_engine(args, self.roles, self.parallel, self._hand_over, folder)
 
         check_top_k(args, vocabulary)
         self.stop_ids = check_stop_token(args, processing_class, vocabulary)
@@ -210,6 +217,7 @@ class PPOTrainer:
             metrics = self._updates(started)
         finally:
             self.progress.stop()
+            self.engine.close()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         seconds = time.perf_counter() - started
         if self.parallel.is_main:
@@ -233,7 +241,7 @@ class PPOTrainer:
 
             before = checkpoint.rng_state(), self.scorer.state()
             indices = self._next_indices()
-            with watch("rollout"):
+            with self._resumable(before), watch("rollout"):
                 experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
             clock.lap("time/rollout_s")
             with self._resumable(before), watch("scoring"):
@@ -249,7 +257,7 @@ class PPOTrainer:
             state.episode += args.batch_size
             state.epoch = state.episode / (args.num_generations * len(self.train_dataset))
             metrics = objective_metrics(experience, state.kl_coef, parallel) | rewards | metrics | clock.laps
-            metrics |= value_metrics(experience, args.gamma, parallel)
+            metrics |= value_metrics(experience, args.gamma, parallel) | self._mismatch(experience)
             if args.kl_target is not None and not value_only:
                 kl, size = metrics["objective/kl"], args.batch_size
                 state.kl_coef = adapted_kl_coef(state.kl_coef, kl, args.kl_target, size, args.kl_horizon)
@@ -278,19 +286,7 @@ class PPOTrainer:
         args = self.args
         temperature = args.temperature if temperature is None else temperature
         sampling = Sampling.of(args, self.processing_class, self.stop_ids, temperature)
-        # Outside of training mode: activation checkpointing would switch the KV cache off.
-        self.model.eval()
-        with self.roles.autocast():
-            experience = generate(
-                self.model,
-                prompts,
-                sampling,
-                synced=self.parallel.sharded,
-                keep_support=keep_support,
-                pack=args.pack_rollout_weights,
-            )
-        self.model.train()
-        return experience
+        return self.engine.generate(prompts, sampling, keep_support=keep_support)
 
     @torch.no_grad()
     def _score(self, experience: Experience, indices: list[int] | None = None) -> dict[str, float]:
@@ -342,6 +338,8 @@ class PPOTrainer:
             self.roles.autocast,
             self._check_ratio,
         )
+        if not value_only:
+            self.engine.weights_changed()
         if self.average is not None:
             self.average.update()
         metrics |= step_schedules(self.schedules, value_only)
@@ -358,6 +356,20 @@ class PPOTrainer:
             raise RatioError(f"--stop_on_ratio: {finding}")
         if finding is not None and self.parallel.is_main:
             logger.warning("%s", finding)
+
+    def _mismatch(self, experience: Experience) -> dict[str, float]:
+        """How far the engine's logprobs are off, with a warning where that is more than rounding explains."""
+        metrics = mismatch_metrics(experience, self.parallel)
+        mean = metrics.get("rollout/logprob_mismatch_mean", 0.0)
+        if mean > MISMATCH and self.parallel.is_main:
+            logger.warning(
+                "update %d: %s and the policy differ by %.2g nats a token in the mean: the server has another model or "
+                "dtype",
+                self.state.global_step,
+                self.args.vllm_server_url,
+                mean,
+            )
+        return metrics
 
     @torch.no_grad()
     def _center(self) -> None:
@@ -586,6 +598,7 @@ class PPOTrainer:
 
     def _load_checkpoint(self, folder: Path) -> None:
         saved = checkpoint.load(folder, self._checkpointed(), self.parallel)
+        self.engine.weights_changed()
         fresh = self._new_state()
         # How long the run is and when it logs is for this run's flags to say; the rest goes on.
         for name in ("episode", "global_step", "epoch", "log_history", "best_metric", "best_global_step"):
@@ -599,6 +612,12 @@ class PPOTrainer:
             for name, value in attributes.items():
                 setattr(callback, name, value)
         logger.info("resumed from %s: %d updates are done", folder, self.state.global_step)
+
+    def _hand_over(self, folder: Path) -> Path:
+        """Write the policy for a rollout engine, under PEFT as one adapter of the base; returns where that is."""
+        with checkpoint.disk_errors_named(folder):
+            checkpoint.save_weights(self.model, folder, self.parallel, combined=True)
+        return adapter_folder(self.model, folder) if isinstance(self.model, PeftModel) else folder
 
     def _checkpointed(self) -> checkpoint.Training:
         return checkpoint.Training(self.roles.trained, self.optimizers, self.schedules, self.average)

@@ -25,6 +25,11 @@ class StopStrings:
         # own, and it may begin in the middle of a character.
         self.reach = max(len(text.encode()) for text in texts) + 1
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts."""
+        return self._texts
+
     def completed_by_last(self, ids: list[int]) -> bool:
         """Whether a text ends in the last token.
 

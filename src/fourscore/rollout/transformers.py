@@ -1,7 +1,7 @@
 """Rollout with the policy in this process: by `decode`, or by its own `generate` where that does not fit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,42 @@ from fourscore.models.packed import packed
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
 from fourscore.rollout.decode import can_decode, decode
+from fourscore.rollout.engine import gathered
 from fourscore.rollout.sampling import Completed, Sampling, has_ended, restrict_
+
+
+class InProcess:
+    """The policy itself as rollout engine."""
+
+    def __init__(
+        self, policy: nn.Module, autocast: Callable[[], AbstractContextManager], *, synced: bool, pack: bool
+    ) -> None:
+        """Take the policy.
+
+        Args:
+            policy: a causal LM, PEFT or plain.
+            autocast: makes the context of its forward passes.
+            synced: every process decodes until the last one is done, which sharded models need.
+            pack: on a CPU in fp32, multiply with a copy of the weights that is made for it; not with `synced`.
+        """
+        self._policy, self._autocast, self._synced, self._pack = policy, autocast, synced, pack
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, keep_support: bool = True) -> Experience:
+        """Complete each prompt once; see `generate`."""
+        # Outside of training mode: activation checkpointing would switch the KV cache off.
+        self._policy.eval()
+        with self._autocast():
+            experience = generate(
+                self._policy, prompts, sampling, synced=self._synced, keep_support=keep_support, pack=self._pack
+            )
+        self._policy.train()
+        return experience
+
+    def weights_changed(self) -> None:
+        """Nothing to do: they are the policy's own."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def generate(
@@ -56,15 +91,10 @@ def generate(
             ended |= zip(group, found.ended, strict=True)
             index = torch.tensor(group, device=device)
             kept += [(index[rows], support) for rows, support in found.kept]
-    if not sampling.stop_ids and sampling.stop_strings is None:
-        ended = {i: sampling.eos_id in completion for i, completion in completions.items()}
-    return Experience(
-        input_ids=torch.tensor([t for i, prompt in enumerate(prompts) for t in prompt + completions[i]], device=device),
-        prompt_lens=torch.tensor([len(p) for p in prompts], device=device),
-        completion_lens=torch.tensor([len(completions[i]) for i in range(len(prompts))], device=device),
-        has_eos=torch.tensor([ended[i] for i in range(len(prompts))], device=device),
-        support=_in_order(kept),
-    )
+    in_order = range(len(prompts))
+    experience = gathered(prompts, [completions[i] for i in in_order], [ended[i] for i in in_order], sampling, device)
+    experience.support = _in_order(kept)
+    return experience
 
 
 def overridden_settings(policy: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fourscore.errors import FourscoreError
-from fourscore.models.adapters import frozen_adapters, trained_adapter, write_combined_adapter
+from fourscore.models.adapters import adapter_folder, frozen_adapters, trained_adapter, write_combined_adapter
 from fourscore.models.average import MovingAverage
 from fourscore.parallel import Parallel
 from fourscore.runs import directory
@@ -243,9 +243,8 @@ def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
         model.load_state_dict({key.removeprefix("score."): p for key, p in load_file(folder / HEAD).items()})
         return
     if isinstance(model, PeftModel):
-        # PEFT writes an adapter of another name than "default" into a folder of that name.
         adapter = trained_adapter(model)
-        saved = load_peft_weights(str(folder if adapter == "default" else folder / adapter), device="cpu")
+        saved = load_peft_weights(str(adapter_folder(model, folder)), device="cpu")
         if not parallel.sharded:
             set_peft_model_state_dict(model, saved, adapter_name=adapter)
             return
