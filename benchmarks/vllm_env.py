@@ -73,6 +73,8 @@ class VLLMServer:
     def start(self) -> None:
         """Start it, once more if it was killed."""
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        # Trainer and server have the same cores: threads that wait must leave them, and go where there is room.
+        more |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         env = os.environ | more | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         env.pop("PYTHONPATH", None)
         started = time.perf_counter()

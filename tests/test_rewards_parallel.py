@@ -12,7 +12,8 @@ from tiny import make_encoder
 
 
 def launch(out: Path, sft: Path, encoder: Path, world_size: int, *launcher: str) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(HERE), *sys.path])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [*(launcher or [sys.executable]), str(HERE / "rewards_worker.py"), str(out), str(world_size)]
     done = subprocess.run(
         [*command, str(sft), str(encoder)], env=env, capture_output=True, text=True, timeout=300, check=False

@@ -53,7 +53,7 @@ GAP = 1e-4
 """Between the logits of the two likeliest tokens: below it, rounding decides."""
 ON_POLICY = 1e-4
 """Most nats that a logprob may be off, in fp32."""
-UPDATES = 6
+UPDATES = 5
 ROLLOUT = {"response_length": 40, "per_device_train_batch_size": 32}
 
 
