@@ -22,7 +22,7 @@ from fourscore.ppo.optim import state_bytes
 from fourscore.rewards.function import names_function
 
 _ROOMY = 0.8
-"""Share of what there is that a run may take for activation checkpointing to be switched off, where nobody asked for it.
+"""Share of what there is that a run may take for activation checkpointing to be off, where nobody asked for it.
 
 A plan is not exact, and an accelerator's memory is broken up as it is used.
 """
