@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from checkpoints import random_pair  # noqa: E402
-from rollout import EOS, Script, workload  # noqa: E402
+from rollout import workload  # noqa: E402
+from scripted import EOS, Script  # noqa: E402
 from vllm_env import VLLM, VLLMServer, vllm_python, vllm_server  # noqa: E402
 
 from fourscore import (  # noqa: E402
@@ -264,7 +265,8 @@ def print_kills(console: Console, found: dict[str, Any]) -> None:
 def times_of(python: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a rollout of ragged prompts and completions of given lengths, and of handing over the weights."""
     checkpoint = random_pair(options.cache / "models", options.model, torch.float32).policy.absolute()
-    prompts, lengths = workload(options)
+    batch = workload(options)
+    prompts, lengths = batch.prompts, batch.completion_lens
     sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, options.batch)
     policy = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with vllm_server(python, checkpoint, scratch / "time.log", "--max-model-len", "512") as server:
@@ -285,7 +287,7 @@ def times_of(python: str, scratch: Path, options: argparse.Namespace) -> dict[st
             engine._changed = True
             engine._push()
             pushes.append(time.perf_counter() - started)
-        script = Script(policy, lengths)
+        script = Script(policy)
 
         def by_server(sample: int) -> list[int]:
             # Its length is forced by the request, as the script forces it on the policy in this process.
@@ -298,7 +300,7 @@ def times_of(python: str, scratch: Path, options: argparse.Namespace) -> dict[st
         with ThreadPoolExecutor(options.batch) as threads:
             for turn in range(options.pairs + 1):
                 for name, times in seconds.items():
-                    script.begin()
+                    script.begin(batch)
                     started = time.perf_counter()
                     if name == "vllm":
                         drawn = list(threads.map(by_server, range(len(prompts))))
