@@ -21,49 +21,29 @@ def peak_gib(device: torch.device) -> float:
 
 
 HEAVY = 128 * 2**20
-"""Bytes of one model's weights from which on it counts what loading leaves behind."""
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_LARGEST_THRESHOLD = 32 * 2**20  # that glibc accepts
+"""Bytes of one model's weights from which on memory counts for more than the time that giving it back takes."""
 
 
 def return_freed_memory(weights: int) -> bool:
-    """Has glibc give a freed block of 128 KiB or more back to the system at once: for the time of loading.
+    """Has glibc give a freed block of 128 KiB or more back to the system at once; other C libraries are left alone.
 
-    It starts out so, but as soon as larger blocks are freed it keeps those of up to 32 MiB for itself.
+    It starts out so, but as soon as larger blocks are freed it keeps those of up to 32 MiB for itself, in an order that
+    leaves holes: activations of a second forward pass take more than those of the first. `MALLOC_MMAP_THRESHOLD_` or
+    `GLIBC_TUNABLES` in the environment stay in force.
+
+    The system zeroes what it hands out again, which takes time: with a model below `HEAVY`, whose blocks are small,
+    more than it saves, so there it is left as it is.
 
     Args:
-        weights: bytes of the policy's weights; nothing is done below `HEAVY`.
+        weights: bytes of the policy's weights.
 
     Returns:
-        whether it was set; not for other C libraries, or where the environment has settings of its own.
+        whether it was set.
     """
-    return weights >= HEAVY and _set(_MMAP_THRESHOLD, 128 * 1024)
-
-
-def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed for what is allocated next: for the time of a phase, which ends with `give_back`.
-
-    The system zeroes every page that it hands out, which takes about as long as many an operation on it, and a forward
-    or backward pass allocates what the one before it has freed.
-
-    Returns:
-        whether it was set, as for `return_freed_memory`.
-    """
-    return _set(_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and _set(_TRIM_THRESHOLD, -1)
-
-
-def give_back() -> None:
-    """Give what glibc has kept back to the system; other C libraries are left alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
-
-
-def _set(parameter: int, value: int) -> bool:
-    if not sys.platform.startswith("linux"):
+    if weights < HEAVY or not sys.platform.startswith("linux"):
         return False
-    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+    if {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(parameter, value) == 1
+    mmap_threshold = -3
+    return mallopt is not None and mallopt(mmap_threshold, 128 * 1024) == 1
