@@ -105,7 +105,7 @@ def test_update_benchmark(cache: Path) -> None:
         assert result["anon"] > result["anon_above_imports"] > 0, result
         assert result["update_s"] > 0
         assert entry["name"] in printed
-    assert len(measured) == 2
+    assert len(measured) == 3
 
 
 def test_rollout_benchmark(cache: Path) -> None:

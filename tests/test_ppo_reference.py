@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fourscore.ppo.roles as roles_module
-import fourscore.ppo.trainer as trainer_module
 import fourscore.ppo.update as update_module
+import fourscore.rollout.transformers as rollout_module
 from fourscore.config import PPOConfig
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, reference
 from fourscore.parallel import Parallel
@@ -658,7 +658,7 @@ def test_trainer_equals_the_reference(case: str, tmp_path: Path, monkeypatch: py
         drawn.append(samples(prompts, [completion_of[tuple(p)] for p in prompts]))
         return drawn[-1]
 
-    monkeypatch.setattr(trainer_module, "generate", fixed_samples)
+    monkeypatch.setattr(rollout_module, "generate", fixed_samples)
     # What trains is made fp32 otherwise.
     monkeypatch.setattr(roles_module, "train_in_fp32", lambda model: None)
     args = PPOConfig(
