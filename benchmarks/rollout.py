@@ -1,7 +1,7 @@
 """Time of a rollout of ragged prompts and completions, against plain `generate`: `make bench-rollout`.
 
 Prompts of log-uniform lengths, completions of uniform ones, the same for both; a hook makes the model's logits say what
-is drawn, so both do the same work and must give the same tokens. The two take turns in one process; medians of pairs.
+is drawn, so both do the same work and must give the same tokens. They take turns in one process; medians of ratios.
 """
 
 import argparse
@@ -68,21 +68,23 @@ def main() -> None:
     prompts, lengths = batch.prompts, batch.completion_lens
     script = Script(policy)
     sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, options.batch)
-    seconds: dict[str, list[float]] = {"generate": [], "fourscore": []}
-    busy: dict[str, list[float]] = {"generate": [], "fourscore": []}
+    systems = {
+        "generate": lambda: plain(policy, prompts, options.response_length),
+        "fourscore, weights not packed": lambda: generate(policy, prompts, sampling, pack=False).completions(),
+        "fourscore": lambda: generate(policy, prompts, sampling).completions(),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    busy: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(options.pairs + 1):
         results = []
-        for name in seconds:
+        for name, complete in systems.items():
             script.begin(batch)
             started, worked = time.perf_counter(), time.process_time()
-            if name == "generate":
-                results.append(plain(policy, prompts, options.response_length))
-            else:
-                results.append(generate(policy, prompts, sampling).completions())
-            if turn:  # the first pair warms up
+            results.append(complete())
+            if turn:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - started)
                 busy[name].append(time.process_time() - worked)
-        assert results[0] == results[1] and [len(c) for c in results[0]] == lengths
+        assert results[0] == results[1] == results[2] and [len(c) for c in results[0]] == lengths
     lens = batch.prompt_lens()
     console = Console()
     console.print(
@@ -94,11 +96,13 @@ def main() -> None:
         middle = median(times)
         table.add_row(name, f"{middle:.2f}", f"{median(busy[name]):.2f}", f"{sum(lengths) / middle:.0f}")
     console.print(table)
-    ratios = {}
+    ratios: dict[str, list[float]] = {}
     for what, measured in (("time", seconds), ("CPU time", busy)):
-        ratios[what] = [ours / theirs for theirs, ours in zip(*measured.values(), strict=True)]
-        low, high = min(ratios[what]), max(ratios[what])
-        console.print(f"{what}, of generate's: {median(ratios[what]):.2f} ({low:.2f} to {high:.2f})")
+        theirs, *ours = measured
+        for name in ours:
+            each = ratios[f"{name}: {what}"] = [a / b for a, b in zip(measured[name], measured[theirs], strict=True)]
+            spread = f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+            console.print(f"{name}: {what}, of {theirs}'s: {spread}", soft_wrap=True)
     if options.json:
         options.json.write_text(json.dumps({"seconds": seconds, "cpu_seconds": busy, "ratios": ratios}))
 

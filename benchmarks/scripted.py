@@ -118,7 +118,7 @@ class Script:
 
     def __call__(self, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
         """The hook. Only generation has a cache; forwards for training and scoring are left alone."""
-        if named.get("past_key_values") is None:
+        if named.get("cache", named.get("past_key_values")) is None:  # `cache` from transformers 5.24 on
             return
         rows, tokens = [], []
         for row, token in enumerate(named["input_ids"][:, -1].tolist()):

@@ -133,7 +133,7 @@ def test_the_vapo_preset_learns(tmp_path: Path) -> None:
         "value_learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
         "max_steps": 26,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 64,
         "response_length": 12,
         "lam_alpha": 0.5,
         "vf_coef": 1.0,
@@ -144,7 +144,7 @@ def test_the_vapo_preset_learns(tmp_path: Path) -> None:
     score = lambda some: sum(row["objective/scores"] for row in some) / len(some)  # noqa: E731
     assert score(rows[-5:]) > score(rows[:6]) + 1
     # While it warms up, the value model learns what the policy, which stands still, will get.
-    assert rows[5]["value/explained_variance"] > rows[0]["value/explained_variance"] + 0.2
+    assert rows[5]["value/explained_variance"] > rows[0]["value/explained_variance"] + 0.5
 
 
 # ------------------------------------------------------------------ the value model first

@@ -785,9 +785,9 @@ ROWS = {
         row(
             "an attention that the model lacks",
             "--attn_implementation sdpa",
-            "--attn_implementation sdpa: GPTJForCausalLM cannot use it here (...); use sdpa or eager",
+            "--attn_implementation sdpa: BloomForCausalLM cannot use it here (...); use eager",
             prepare=config(
-                SFT, model_type="gptj", architectures=["GPTJForCausalLM"], n_embd=64, n_layer=1, n_head=4, rotary_dim=16
+                SFT, model_type="bloom", architectures=["BloomForCausalLM"], hidden_size=64, n_layer=1, n_head=4
             ),
         ),
         row(

@@ -109,7 +109,7 @@ def test_update_benchmark(cache: Path) -> None:
 
 
 def test_rollout_benchmark(cache: Path) -> None:
-    """It fails by itself if the two do not give the same tokens, of the lengths asked for."""
+    """It fails by itself if they do not give the same tokens, of the lengths asked for."""
     flags = ["--model", "tiny", "--pairs", "2", "--batch", "5", "--prompts", "2", "9", "--response_length", "7"]
     command = [sys.executable, str(BENCHMARKS / "rollout.py"), *flags, "--cache", str(cache)]
     command += ["--json", str(cache / "rollout.json")]
@@ -117,7 +117,7 @@ def test_rollout_benchmark(cache: Path) -> None:
     assert done.returncode == 0, done.stderr
     measured = json.loads((cache / "rollout.json").read_text())
     assert all(len(times) == 2 and min(times) > 0 for times in measured["seconds"].values())
-    assert measured["ratios"]["time"][0] == pytest.approx(
+    assert measured["ratios"]["fourscore: time"][0] == pytest.approx(
         measured["seconds"]["fourscore"][0] / measured["seconds"]["generate"][0]
     )
 

@@ -150,12 +150,14 @@ def test_full_value_training_under_peft(tmp_path: Path) -> None:
 
 def test_gradient_clipping_and_weight_decay_reach_the_optimizer(tmp_path: Path) -> None:
     weights = {}
-    for limit in (1e-3, 1.0):
-        trainer = trainer_on(config(tmp_path / str(limit), max_grad_norm=limit, optim="sgd", max_steps=1))
+    for limit in (1e-6, 1.0):
+        # A rate at which the smaller step is not lost in rounding.
+        args = config(tmp_path / str(limit), max_grad_norm=limit, optim="sgd", max_steps=1, learning_rate=1.0)
+        trainer = trainer_on(args)
         start = trainer.model.lm_head.weight.detach().clone()
         trainer.train()
         weights[limit] = (trainer.model.lm_head.weight - start).norm().item()
-    assert 0 < weights[1e-3] < 1e-2 * weights[1.0]
+    assert 0 < weights[1e-6] < 1e-4 * weights[1.0]
     decayed = trainer_on(config(tmp_path / "decay", weight_decay=0.1)).optimizers["policy"]
     assert [g["weight_decay"] for g in decayed.param_groups] == [0.1, 0.0]
 

@@ -151,7 +151,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "pack_rollout_weights": _changed(
             "On a CPU in fp32, draw samples with a copy of the policy's weights made for that, adapters folded in.",
-            "Not in TRL. Rollouts take about half the time; the plan says what the copy takes. No effect on a GPU.",
+            "Not in TRL. Faster rollouts (docs/benchmarks.md); the plan says what the copy takes. No effect on a GPU.",
         ),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },

@@ -162,14 +162,11 @@ def _check_disk(models: Inspected, args: "PPOConfig", model_args: "ModelConfig",
     if trained is None:
         return
     free = shutil.disk_usage(there).free
-    averaged = 0
-    if args.ema_decay is not None:
-        averaged = FP32_BYTES * (trained_parameters(models, args, model_args, ("policy",)) or 0)
-    handed_over = 0
-    if args.rollout_engine == "vllm":
-        handed_over = FP32_BYTES * (trained_parameters(models, args, model_args, ("policy",)) or 0)
-    weights = trained * FP32_BYTES + averaged + handed_over
-    one = checkpoint_bytes(trained, args.optim.value, args.save_only_model) + averaged
+    averaged, handed_over = args.ema_decay is not None, args.rollout_engine == "vllm"
+    policy = trained_parameters(models, args, model_args, ("policy",)) if averaged or handed_over else 0
+    copy = FP32_BYTES * (policy or 0)
+    weights = trained * FP32_BYTES + (averaged + handed_over) * copy
+    one = checkpoint_bytes(trained, args.optim.value, args.save_only_model) + averaged * copy
     kept = checkpoints_kept(args)
     where = f"--output_dir {args.output_dir}: the disk has {_size(free)} left"
     if max(weights, one if kept else 0) > free:

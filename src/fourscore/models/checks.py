@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -453,10 +454,11 @@ def build_skeleton(checkpoint: Checkpoint, auto_class: Any, model_args: "ModelCo
     try:
         return build(asked)
     except Exception as error:  # model code says no in many ways
-        if asked is not None and _builds(lambda: build("eager")):
-            name = type(build("eager")).__name__
+        ways = [way for way in ("sdpa", "eager") if way != asked and _builds(partial(build, way))]
+        if asked is not None and ways:
+            name = type(build(ways[0])).__name__
             raise FourscoreError(
-                f"--attn_implementation {asked}: {name} cannot use it here ({_line(error)}); use sdpa or eager"
+                f"--attn_implementation {asked}: {name} cannot use it here ({_line(error)}); use {' or '.join(ways)}"
             ) from error
         raise FourscoreError(
             f"{checkpoint.named}: no model can be built from its config.json ({_line(error)}); mend it"

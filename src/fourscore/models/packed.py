@@ -1,7 +1,7 @@
 """A private copy of a policy's linear layers, packed for the few rows of a decoding step, adapters folded in.
 
-A product of a few rows with weights as they lie in a checkpoint reaches about half of what a CPU can do; with weights
-in the blocks of oneDNN it comes near all of it. The copy lives as long as a rollout; the policy itself stays as it is.
+A product of a few rows with weights as they lie in a checkpoint is slower on a CPU than one with weights in the blocks
+of oneDNN (`make bench-rollout`). The copy lives as long as a rollout; the policy itself stays as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+
+_ROWS = 16
+"""For which the blocks are chosen; other numbers of rows work as well."""
 
 
 def packable(model: nn.Module) -> dict[str, nn.Module]:
@@ -93,7 +96,3 @@ def _product(module: Any) -> Callable[..., Tensor]:
         return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
 
     return forward
-
-
-_ROWS = 16
-"""For which the blocks are chosen; other numbers of rows work as well."""

@@ -215,7 +215,7 @@ def make_plan(
             roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
         elsewhere = training_args.rollout_engine == "vllm"
         packs = on_cpu and training_args.pack_rollout_weights and sharding == "none" and not elsewhere
-        copy = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
+        packed = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
         parts = trace_phases(layout, model_args, training_args, sizes, device)
         if elsewhere:
             parts["rollout"] = {"server": 0}
@@ -256,8 +256,8 @@ def make_plan(
             if shards > 1 and phase == "update":
                 size -= min(size, roles_gradients[part.split()[0]]) * (shards - 1) // shards
             tops.append(size)
-        copied = copy if phase == "rollout" else 0
-        peaks[phase] = held + copied + support + max(tops) + gathered + (RUNNING if on_cpu else 0)
+        peaks[phase] = held + support + max(tops) + gathered + (RUNNING if on_cpu else 0)
+    peaks["rollout"] += packed
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device) if room is None else room
     return Plan(
@@ -269,7 +269,7 @@ def make_plan(
         sharding=sharding,
         baseline=baseline,
         kv_cache=0 if elsewhere else _kv_cache(layout, sizes, training_args),
-        packed=copy,
+        packed=packed,
         support=support,
         parts=parts,
         peak_bytes=peaks,

@@ -171,10 +171,10 @@ def update(
     for indices in _minibatches(len(experience), settings, generator):
         minibatch = experience.select(indices.to(experience.input_ids.device))
         totals = _totals(minibatch, settings, parallel)
+        # The value model, if it has passes of its own, is sharded where the policy is.
+        groups = forward_passes(policy, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
         for step in list(passes):
             backward, names = step
-            # The value model, if it has passes of its own, is sharded where the policy is.
-            groups = forward_passes(policy, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
             sums = _accumulate(backward, minibatch, groups, totals, parallel.loss_scale / totals.tokens)
             largest, table = sums.pop(_RATIO_MAX, None), tables[names[0]]
             table.append(list(sums), parallel.sum(torch.stack(list(sums.values()))) / totals.tokens)

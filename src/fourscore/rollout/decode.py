@@ -33,10 +33,15 @@ def can_decode(policy: nn.Module) -> bool:
         for name in ("generate", "prepare_inputs_for_generation")
     )
     named = inspect.signature(kind.forward).parameters
-    if not plain or not {"input_ids", "attention_mask", "position_ids", "past_key_values"} <= set(named):
+    if not plain or not {"input_ids", "attention_mask", "position_ids", _cache_argument(kind)} <= set(named):
         return False
     layers = DynamicCache(config=base.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _cache_argument(kind: Any) -> str:
+    """The name that a model's forward has for the cache: transformers calls it `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
@@ -89,10 +94,9 @@ class _Rows:
         self.filled = 0
         self.prompt: tuple[Tensor, Tensor, int, int] | None = None
         self._layers = [_Layer(self) for _ in DynamicCache(config=base.config).layers]
-        self._cache = Cache(layers=self._layers)
-        self._last = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
-        )
+        self._named: dict[str, Any] = {_cache_argument(type(base)): Cache(layers=self._layers)}
+        if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+            self._named["logits_to_keep"] = 1
 
     def read(self, policy: nn.Module, prompts: list[list[int]]) -> Tensor:
         """Fill in prompts, longest first; returns the logits after their last tokens, `[rows, vocabulary]` fp32."""
@@ -141,14 +145,7 @@ class _Rows:
         return order
 
     def _logits(self, policy: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        out = policy(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=self._cache,
-            use_cache=True,
-            **self._last,
-        )
+        out = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **self._named)
         return out.logits[:, -1].to(torch.float32, copy=True)
 
 
