@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -167,6 +168,23 @@ def test_the_copy_of_the_weights_is_in_the_rollout_and_can_be_done_without(llama
     assert without.packed == 0
     assert plan.peak_bytes["rollout"] - plan.baseline == without.peak_bytes["rollout"] - without.baseline + plan.packed
     assert plan.parts == without.parts
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_memory_kept_for_the_next_pass_is_in_every_phase_and_can_be_done_without(
+    llama_policy, llama_reward, monkeypatch
+):
+    args, model_args = settings(llama_policy, llama_reward)
+    assert make_plan(args, model_args, prompt=8).idle == {}  # a small model: glibc is left alone
+    monkeypatch.setattr("fourscore.runs.memory.HEAVY", 1)
+    plan = make_plan(args, model_args, prompt=8)
+    assert set(plan.idle) == {"rollout", "scoring", "update"} and plan.idle == as_json(plan, [])["idle_bytes"]
+    assert all(plan.idle[phase] > max(plan.parts[phase].values()) / 2 for phase in plan.idle)
+    args.keep_freed_memory = False
+    without = make_plan(args, model_args, prompt=8)
+    assert without.idle == {} and without.parts == plan.parts
+    for phase, kept in plan.idle.items():
+        assert plan.peak_bytes[phase] - plan.baseline == without.peak_bytes[phase] - without.baseline + kept
 
 
 def test_a_budget_of_tokens_is_what_a_microbatch_holds(llama_policy, llama_reward):

@@ -153,6 +153,11 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "On a CPU in fp32, draw samples with a copy of the policy's weights made for that, adapters folded in.",
             "Not in TRL. Faster rollouts (docs/benchmarks.md); the plan says what the copy takes. No effect on a GPU.",
         ),
+        "keep_freed_memory": _changed(
+            "On a CPU, use memory again that a forward or backward pass has freed, and give it back after each phase.",
+            "Not in TRL. Faster updates (docs/benchmarks.md), and some memory lies idle: the plan says how much. With "
+            "false the system gets it back at once. No effect on a GPU, nor on models below 128 MiB.",
+        ),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },
     "PPO": {

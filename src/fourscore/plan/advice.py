@@ -79,6 +79,8 @@ def _steps(plan: Plan, settings: _Settings) -> Iterator[tuple[str, str, dict[str
     on_cpu = plan.device == "cpu"
     if plan.packed:
         yield "--pack_rollout_weights false", "slower rollouts", {"pack_rollout_weights": False}
+    if plan.idle:
+        yield "--keep_freed_memory false", "slower updates on a CPU", {"keep_freed_memory": False}
     if not args.gradient_checkpointing:
         change: dict[str, Any] = {"gradient_checkpointing": True, "activation_checkpointing": True}
         yield "--gradient_checkpointing true", "same maths, about a third more time for an update", change

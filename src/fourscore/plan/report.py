@@ -59,6 +59,7 @@ def as_json(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
         "parts_bytes": plan.parts,
         "kv_cache_bytes": plan.kv_cache,
         "packed_bytes": plan.packed,
+        "idle_bytes": plan.idle,
         "support_bytes": plan.support,
         "baseline_bytes": plan.baseline,
         "mapped_bytes": plan.mapped_bytes,
@@ -188,6 +189,8 @@ def _phases_table(plan: Plan) -> Table:
         "scoring": f"{s.rollout_batch} x {total} tokens",
         "update": f"{s.microbatch} x {total} tokens",
     }
+    for phase, kept in plan.idle.items():
+        notes[phase] += f", {_cell(kept)} kept idle"
     for phase, peak in plan.peak_bytes.items():
         state = 0 if phase == "load" else optimizer
         rest = peak - plan.baseline - weights - state

@@ -45,7 +45,7 @@ from fourscore.runs import checkpoint, directory
 from fourscore.runs.card import model_card
 from fourscore.runs.clock import Clock
 from fourscore.runs.hub import upload
-from fourscore.runs.memory import peak_gib, return_freed_memory
+from fourscore.runs.memory import give_back, keep_freed_memory, peak_gib, return_freed_memory
 from fourscore.runs.metrics import JsonLines, write_json_atomic
 from fourscore.runs.profile import Profile
 from fourscore.runs.progress import PPOProgress
@@ -137,8 +137,12 @@ class PPOTrainer:
         self.args = args
         self.processing_class = processing_class
         self.parallel = Parallel.start(args)
+        self._keeps_memory = False
         if self.parallel.device.type == "cpu":
-            return_freed_memory(sum(p.numel() * p.element_size() for p in model.parameters()))
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            self._keeps_memory = args.keep_freed_memory and keep_freed_memory(weights)
+            if not args.keep_freed_memory:
+                return_freed_memory(weights)
         self.run_config: list[Any] = [args]
         if train_dataset is None:
             raise FourscoreError("train_dataset is missing: pass a dataset of prompts.")
@@ -243,14 +247,17 @@ class PPOTrainer:
             indices = self._next_indices()
             with self._resumable(before), watch("rollout"):
                 experience = self._rollout(self._prompt_ids(self.train_dataset, indices))
+            self._end_phase()
             clock.lap("time/rollout_s")
             with self._resumable(before), watch("scoring"):
                 rewards = self._score(experience, indices)
+            self._end_phase()
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
             fill_in_targets(experience, args, state.kl_coef, value_only, parallel.sum)
             with self._resumable(before), watch("update"):
                 metrics = self._update(experience, value_only)
+            self._end_phase()
             clock.lap("time/update_s")
 
             state.global_step += 1
@@ -266,6 +273,11 @@ class PPOTrainer:
             with self._resumable():
                 self._record(experience, metrics)
         return metrics
+
+    def _end_phase(self) -> None:
+        """What a phase has freed is of little use to the next one, whose tensors have other sizes."""
+        if self._keeps_memory:
+            give_back()
 
     def _profiled(self, drawn: int) -> Callable[[str], AbstractContextManager]:
         """Makes the context of each phase of an update, before which so many samples were drawn by this process's run.

@@ -21,29 +21,61 @@ def peak_gib(device: torch.device) -> float:
 
 
 HEAVY = 128 * 2**20
-"""Bytes of one model's weights from which on memory counts for more than the time that giving it back takes."""
+"""Bytes of one model's weights from which on glibc is told what to do with freed blocks.
+
+The blocks of smaller models are small, and stay where they are whatever is said.
+"""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_KEPT = 8 * 2**20  # bytes of the largest block that is kept: hidden states and the like, but no logits
 
 
 def return_freed_memory(weights: int) -> bool:
     """Has glibc give a freed block of 128 KiB or more back to the system at once; other C libraries are left alone.
 
-    It starts out so, but as soon as larger blocks are freed it keeps those of up to 32 MiB for itself, in an order that
-    leaves holes: activations of a second forward pass take more than those of the first. `MALLOC_MMAP_THRESHOLD_` or
-    `GLIBC_TUNABLES` in the environment stay in force.
-
-    The system zeroes what it hands out again, which takes time: with a model below `HEAVY`, whose blocks are small,
-    more than it saves, so there it is left as it is.
+    It starts out so, but as soon as larger blocks are freed it keeps those of up to 32 MiB for itself.
+    `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` or `GLIBC_TUNABLES` in the environment stay in force.
 
     Args:
-        weights: bytes of the policy's weights.
+        weights: bytes of the policy's weights; nothing is done below `HEAVY`.
 
     Returns:
         whether it was set.
     """
-    if weights < HEAVY or not sys.platform.startswith("linux"):
+    return can_set_malloc(weights) and _set(_MMAP_THRESHOLD, 128 * 1024)
+
+
+def keep_freed_memory(weights: int) -> bool:
+    """Has glibc keep freed blocks of up to 8 MiB for what is allocated next, until `give_back`.
+
+    The system zeroes every page that it hands out, which takes about as long as many an operation on it; and a forward
+    or backward pass allocates what the one before it has freed.
+
+    Args:
+        weights: as for `return_freed_memory`.
+
+    Returns:
+        whether it was set, as there.
+    """
+    return can_set_malloc(weights) and _set(_MMAP_THRESHOLD, _KEPT) and _set(_TRIM_THRESHOLD, -1)
+
+
+def give_back() -> None:
+    """Has glibc give back to the system what it has kept."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def can_set_malloc(weights: int) -> bool:
+    """Whether `return_freed_memory` and `keep_freed_memory` do something.
+
+    Args:
+        weights: bytes of the policy's weights.
+    """
+    environment = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if weights < HEAVY or not sys.platform.startswith("linux") or environment & os.environ.keys():
         return False
-    if {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    mmap_threshold = -3
-    return mallopt is not None and mallopt(mmap_threshold, 128 * 1024) == 1
+    return all(hasattr(ctypes.CDLL(None), name) for name in ("mallopt", "malloc_trim"))
+
+
+def _set(parameter: int, value: int) -> bool:
+    return ctypes.CDLL(None).mallopt(parameter, value) == 1
