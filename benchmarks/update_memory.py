@@ -29,11 +29,11 @@ from trl_env import trl_python
 # Of TRL's peak.
 AIMS = {"full": 0.70, "lora": 0.20}
 # The systems: a name, who trains, who loads, and flags.
-UNPACKED = {"pack_rollout_weights": False}
+LEAST = {"pack_rollout_weights": False, "keep_freed_memory": False}
 SYSTEMS: dict[str, tuple[str, str, dict[str, bool]]] = {
     "TRL": ("trl", "separate", {}),
-    "fourscore, loaded as by TRL's script, no packed copy": ("fourscore", "separate", UNPACKED),
-    "fourscore, load_models, no packed copy": ("fourscore", "load_models", UNPACKED),
+    "fourscore, loaded as by TRL's script, least memory": ("fourscore", "separate", LEAST),
+    "fourscore, load_models, least memory": ("fourscore", "load_models", LEAST),
     "fourscore, load_models": ("fourscore", "load_models", {}),
 }
 COLUMNS = ("peak MiB", "of TRL", "above imports", "of TRL", "while loading", "mapped MiB", "s an update", "of TRL")

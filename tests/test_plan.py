@@ -414,3 +414,21 @@ def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_th
     assert decided(enough, asked_for=True) is True
     assert decided(enough, asked_for=False) is False
     assert decided(-(2**33), asked_for=False) is True
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_memory_is_kept_where_there_is_room_or_where_it_is_asked_for(llama_policy, llama_reward, monkeypatch):
+    monkeypatch.setattr("fourscore.runs.memory.HEAVY", 1)
+    args, model_args = settings(llama_policy, llama_reward)
+
+    def decided(available, asked_for=None):
+        args.keep_freed_memory = asked_for
+        plan = plan_of_run(args, model_args, prompt=8, room=room(available))
+        assert bool(plan.idle) == args.keep_freed_memory
+        return args.keep_freed_memory
+
+    needed = max(make_plan(args, model_args, prompt=8).peak_bytes.values())
+    assert decided(2 * needed) is True
+    assert decided(needed) is False  # it fits, but not by much
+    assert decided(needed, asked_for=True) is True
+    assert decided(2 * needed, asked_for=False) is False

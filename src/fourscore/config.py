@@ -220,7 +220,7 @@ class PPOConfig(TrainingArguments):
     max_prompt_length_action: Literal["drop", "truncate"] = _flag("max_prompt_length_action", "drop")
     local_rollout_forward_batch_size: int = _flag("local_rollout_forward_batch_size", 64)
     pack_rollout_weights: bool = _flag("pack_rollout_weights", True)
-    keep_freed_memory: bool = _flag("keep_freed_memory", True)
+    keep_freed_memory: bool | None = _flag("keep_freed_memory", None)
     dataset_num_proc: int | None = _flag("dataset_num_proc", None)
     num_sample_generations: int = _flag("num_sample_generations", 10)
 

@@ -155,8 +155,9 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         ),
         "keep_freed_memory": _changed(
             "On a CPU, use memory again that a forward or backward pass has freed, and give it back after each phase.",
-            "Not in TRL. Faster updates (docs/benchmarks.md), and some memory lies idle: the plan says how much. With "
-            "false the system gets it back at once. No effect on a GPU, nor on models below 128 MiB.",
+            "Not in TRL. Default: true where the plan has room for what then lies idle. Faster updates "
+            "(docs/benchmarks.md); with false the system gets memory back at once. No effect on a GPU, nor on models "
+            "below 128 MiB.",
         ),
         "dataset_num_proc": _honoured("Processes that tokenize the prompts."),
     },

@@ -23,7 +23,7 @@ from fourscore.rewards.function import names_function
 from fourscore.runs.memory import can_set_malloc
 
 _ROOMY = 0.8
-"""Share of what there is that a run may take for activation checkpointing to be off, where nobody asked for it.
+"""Share of what there is that a run may take for the faster way with more memory, where nobody asked for either.
 
 A plan is not exact, and an accelerator's memory is broken up as it is used.
 """
@@ -43,7 +43,7 @@ IDLE_SHARE = 0.5
 """What memory that is kept for the next pass (`keep_freed_memory`) adds: bytes, and a share of what a phase makes.
 
 It lies in holes between what is in use, and how much depends on the order in which blocks come and go. Measured on
-Linux with the configurations of `make bench-plan`: 10 to 60 MiB in phases that make little, else 0.2 to 1 times that.
+Linux (docs/plan.md): 10 to 60 MiB in phases that make little, else 0.2 to 1 times that.
 """
 
 
@@ -139,23 +139,36 @@ class Plan:
 
 
 def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: Any) -> Plan:
-    """Plans a run, and switches activation checkpointing off where nobody asked for it and the plan has room without.
+    """Plans a run, and settles what nobody asked for: where the plan has room, the faster way with more memory.
+
+    Without activation checkpointing (on an accelerator), and keeping freed memory (on a CPU).
 
     Args:
-        training_args: batches, lengths, optimizer, precision; `gradient_checkpointing` may change.
+        training_args: batches, lengths, optimizer, precision; `gradient_checkpointing` and `keep_freed_memory` may
+            change.
         model_args: dtype of frozen weights, PEFT, quantization.
         options: more of `make_plan`'s.
 
     Raises:
         FourscoreError: as `make_plan`.
     """
+    faster: dict[str, bool] = {}
     if training_args.checkpointing_open:
-        without: Any = copy.copy(training_args)
-        without.gradient_checkpointing = without.activation_checkpointing = False
-        plan = make_plan(without, model_args, **options)
+        faster |= {"gradient_checkpointing": False, "activation_checkpointing": False}
+    settles_memory = training_args.keep_freed_memory is None and training_args.device.type == "cpu"
+    if settles_memory:
+        faster["keep_freed_memory"] = True
+    if faster:
+        tried = copy.copy(training_args)
+        for name, value in faster.items():
+            setattr(tried, name, value)
+        plan = make_plan(tried, model_args, **options)
         if plan.peak_bytes[plan.largest] <= _ROOMY * plan.available:
-            training_args.gradient_checkpointing = training_args.activation_checkpointing = False
+            for name, value in faster.items():
+                setattr(training_args, name, value)
             return plan
+    if settles_memory:
+        training_args.keep_freed_memory = False
     return make_plan(training_args, model_args, **options)
 
 
@@ -228,7 +241,7 @@ def make_plan(
         packs = on_cpu and training_args.pack_rollout_weights and sharding == "none" and not elsewhere
         packed = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
         weights_of_policy = sum(p.numel() * p.element_size() for p in skeleton.roles["policy"].parameters())
-        keeps = on_cpu and training_args.keep_freed_memory and can_set_malloc(weights_of_policy)
+        keeps = on_cpu and training_args.keep_freed_memory is not False and can_set_malloc(weights_of_policy)
         parts = trace_phases(layout, model_args, training_args, sizes, device)
         if elsewhere:
             parts["rollout"] = {"server": 0}

@@ -140,9 +140,10 @@ class PPOTrainer:
         self._keeps_memory = False
         if self.parallel.device.type == "cpu":
             weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            self._keeps_memory = args.keep_freed_memory and keep_freed_memory(weights)
-            if not args.keep_freed_memory:
+            if args.keep_freed_memory is False:
                 return_freed_memory(weights)
+            else:
+                self._keeps_memory = keep_freed_memory(weights)
         self.run_config: list[Any] = [args]
         if train_dataset is None:
             raise FourscoreError("train_dataset is missing: pass a dataset of prompts.")
