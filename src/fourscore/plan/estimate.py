@@ -39,11 +39,12 @@ Measured on Linux (15 to 20 MiB from the first rollout on, whatever the model).
 """
 
 IDLE = 24 * 2**20
-IDLE_SHARE = 0.5
-"""What memory that is kept for the next pass (`keep_freed_memory`) adds: bytes, and a share of what a phase makes.
+IDLE_SHARE = 2 / 3
+"""What memory that is kept for the next pass (`keep_freed_memory`) adds to rollout, scoring and update: bytes, and a
+share of the most that one of them makes.
 
-It lies in holes between what is in use, and how much depends on the order in which blocks come and go. Measured on
-Linux (docs/plan.md): 10 to 60 MiB in phases that make little, else 0.2 to 1 times that.
+It lies in holes between what is in use. How much depends on the order in which blocks come and go, and on what the
+phases before have left of the heap: measured on Linux (docs/plan.md), 0.1 to 1 times what the largest phase makes.
 """
 
 
@@ -92,7 +93,7 @@ class Plan:
         baseline: bytes of a process before it loads anything; 0 on an accelerator.
         kv_cache: bytes of the cache at the end of the longest completions.
         packed: bytes of the rollout's own copy of the policy's weights.
-        idle: by phase, bytes that are freed and kept for what comes next.
+        idle: bytes that are freed and kept for the next pass, in each phase but load.
         support: bytes of what the tokens of a rollout batch were drawn from, at most; held until the update is done.
         parts: phase -> part of it -> bytes beside weights and optimizer state.
         peak_bytes: by phase, of one process.
@@ -111,7 +112,7 @@ class Plan:
     baseline: int
     kv_cache: int
     packed: int
-    idle: dict[str, int]
+    idle: int
     support: int
     parts: dict[str, dict[str, int]]
     peak_bytes: dict[str, int]
@@ -276,16 +277,17 @@ def make_plan(
     support = support_bytes(layout, training_args, local_batch)
     if support:
         parts["rollout"]["support"] = 2 * support  # put together and in order, beside what is held
-    idle = {}
+    tops: dict[str, int] = {}
     for phase, by_part in parts.items():
-        tops = []
+        sizes_of_parts = []
         for part, size in by_part.items():
             if shards > 1 and phase == "update":
                 size -= min(size, roles_gradients[part.split()[0]]) * (shards - 1) // shards
-            tops.append(size)
-        if keeps:
-            idle[phase] = IDLE + int(IDLE_SHARE * max(tops))
-        peaks[phase] = held + support + max(tops) + idle.get(phase, 0) + gathered + (RUNNING if on_cpu else 0)
+            sizes_of_parts.append(size)
+        tops[phase] = max(sizes_of_parts)
+    idle = IDLE + int(IDLE_SHARE * max(tops.values())) if keeps else 0
+    for phase, top in tops.items():
+        peaks[phase] = held + support + top + idle + gathered + (RUNNING if on_cpu else 0)
     peaks["rollout"] += packed
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device) if room is None else room

@@ -183,14 +183,13 @@ def _phases_table(plan: Plan) -> Table:
     total = s.prompt + s.response
     support = f", support {_cell(plan.support)}" if plan.support else ""
     copy = f", packed copy {_cell(plan.packed)}" if plan.packed else ""
+    idle = f", {_cell(plan.idle)} kept idle" if plan.idle else ""
     notes = {
         "load": "",
-        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{copy}{support}",
-        "scoring": f"{s.rollout_batch} x {total} tokens",
-        "update": f"{s.microbatch} x {total} tokens",
+        "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{copy}{support}{idle}",
+        "scoring": f"{s.rollout_batch} x {total} tokens{idle}",
+        "update": f"{s.microbatch} x {total} tokens{idle}",
     }
-    for phase, kept in plan.idle.items():
-        notes[phase] += f", {_cell(kept)} kept idle"
     for phase, peak in plan.peak_bytes.items():
         state = 0 if phase == "load" else optimizer
         rest = peak - plan.baseline - weights - state
