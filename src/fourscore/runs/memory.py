@@ -27,6 +27,7 @@ The blocks of smaller models are small, and stay where they are whatever is said
 """
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_AT_FIRST = 128 * 2**10  # both, until larger blocks are freed
 _KEPT = 8 * 2**20  # bytes of the largest block that is kept: hidden states and the like, but no logits
 
 
@@ -42,7 +43,7 @@ def return_freed_memory(weights: int) -> bool:
     Returns:
         whether it was set.
     """
-    return can_set_malloc(weights) and _set(_MMAP_THRESHOLD, 128 * 1024)
+    return can_set_malloc(weights) and _set(_MMAP_THRESHOLD, _AT_FIRST) and _set(_TRIM_THRESHOLD, _AT_FIRST)
 
 
 def keep_freed_memory(weights: int) -> bool:
