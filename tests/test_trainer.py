@@ -486,3 +486,20 @@ class NotYet(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         assert self.folder.exists() == (state.global_step > 1)
+
+
+@pytest.mark.parametrize("keep", [None, True, False])
+def test_memory_that_is_kept_is_given_back_after_rollout_scoring_and_update(keep, tmp_path, monkeypatch) -> None:
+    given: list[str] = []
+    # Told for real, this process would keep its memory through all the tests that follow.
+    monkeypatch.setattr("fourscore.ppo.trainer.keep_freed_memory", lambda weights: True)
+    monkeypatch.setattr("fourscore.ppo.trainer.give_back", lambda: given.append(phase[-1]))
+    trainer = trainer_on(config(tmp_path, keep_freed_memory=keep, max_steps=2))
+    phase = []
+    for name in ("_rollout", "_score", "_update"):
+        inner = getattr(trainer, name)
+        monkeypatch.setattr(
+            trainer, name, lambda *a, _inner=inner, _name=name, **k: (phase.append(_name), _inner(*a, **k))[1]
+        )
+    trainer.train()
+    assert given == ([] if keep is False else ["_rollout", "_score", "_update"] * 2)

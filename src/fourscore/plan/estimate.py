@@ -44,7 +44,7 @@ IDLE_SHARE = 2 / 3
 share of the most that one of them makes.
 
 It lies in holes between what is in use. How much depends on the order in which blocks come and go, and on what the
-phases before have left of the heap: measured on Linux (docs/plan.md), 0.1 to 1 times what the largest phase makes.
+phases before have left of the heap: measured on Linux (docs/plan.md), 0.1 to 1.2 times what the largest phase makes.
 """
 
 
