@@ -278,6 +278,21 @@ def test_first_ratios_are_one(tmp_path: Path) -> None:
             assert 0 <= row["policy/first_ratio_mean"] <= row["policy/first_ratio_max"] < 1e-4
 
 
+def test_what_the_rollout_knows_is_not_computed_again(tmp_path: Path) -> None:
+    forwards = {}
+    for name, changes in {"plain": {}, "trunk": {"share_value_backbone": True}, "frozen": {"freeze_layers": 1}}.items():
+        trainer = trainer_on(config(tmp_path / name, **changes))
+        experience = trainer._rollout([[5, 6, 7], [8, 9]])
+        assert experience.logprobs is not None
+        seen: list[bool] = []
+        handle = trainer.model.register_forward_pre_hook(lambda *_, seen=seen: seen.append(True))
+        trainer._score(experience)
+        handle.remove()
+        forwards[name] = len(seen)
+    # Values of a shared trunk, and the bottom that the reference goes on from, come with the policy's pass.
+    assert forwards["plain"] == 0 < min(forwards["trunk"], forwards["frozen"])
+
+
 def test_ratios_that_are_not_one_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -259,6 +259,39 @@ def test_logprobs_of_drawn_tokens_are_those_of_the_distribution_they_came_from()
     assert abs(error) < 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 12, "top_p": 0.8}, {"min_new_tokens": 4}], ids=str)
+@pytest.mark.parametrize("under_lora", [False, True])
+def test_the_rollouts_own_logprobs_are_those_of_a_forward_pass(
+    under_lora: bool, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    policy = model(vocab_size=40)
+    if under_lora:
+        policy = add_policy_adapter(policy, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        policy.eval()
+    torch.manual_seed(0)
+    draw = sampling(temperature=0.7, stop_ids=(0, 1, 2, 3), max_new_tokens=16, batch_size=3, **changes)
+    e = generate(policy, [[3, 4, 5], [6], [20, 21, 22, 23, 24]] * 3, draw)
+    assert len(set(e.completion_lens.tolist())) > 2
+    if "generate" in request.node.name:
+        assert e.logprobs is None
+        return
+    with torch.no_grad():
+        expected, _ = completion_logprobs(policy, rectangle(e.samples(), e.prompt_lens, e.support), 0.7)
+    assert e.logprobs is not None and e.logprobs.dtype == torch.float32
+    assert torch.allclose(e.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_logprobs_that_would_not_be_exact_are_not_kept() -> None:
+    policy = model()
+    assert generate(policy, PROMPTS, sampling()).logprobs is None  # greedy
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(policy, PROMPTS, sampling(temperature=1.0)).logprobs is None
+    assert generate(policy.double(), PROMPTS, sampling(temperature=1.0)).logprobs is None
+
+
 def test_the_same_seed_draws_the_same() -> None:
     policy = model()
     runs = []

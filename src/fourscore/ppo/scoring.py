@@ -28,6 +28,8 @@ Autocast = Callable[[], AbstractContextManager]
 def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor | None:
     """Fill in logprobs, reference logprobs and values; what two roles have in common is computed once for both.
 
+    Where the rollout brought logprobs and the policy's pass would give nothing else, they stay.
+
     Args:
         roles: the four models.
         experience: samples; filled in.
@@ -38,16 +40,17 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
         scores `[n]`, fp32, if the reward model shares the value model's forward pass; else None.
     """
     e = experience
-    e.logprobs, e.values, e.ref_logprobs = policy_of(
-        roles.policy,
-        e,
-        temperature,
-        batch_size,
-        roles.autocast,
-        head=roles.value_head,
-        reference=roles.ref_policy if roles.replays_policy else None,
-        shared_layers=roles.replays_policy,
-    )
+    if e.logprobs is None or roles.value_head is not None or roles.replays_policy:
+        e.logprobs, e.values, e.ref_logprobs = policy_of(
+            roles.policy,
+            e,
+            temperature,
+            batch_size,
+            roles.autocast,
+            head=roles.value_head,
+            reference=roles.ref_policy if roles.replays_policy else None,
+            shared_layers=roles.replays_policy,
+        )
     if e.ref_logprobs is None:
         with roles.as_reference() as reference:
             e.ref_logprobs = logprobs_of(reference, e, temperature, batch_size, roles.autocast)

@@ -61,12 +61,17 @@ def decode(policy: nn.Module, prompts: list[list[int]], sampling: Sampling, keep
     mask = torch.ones(len(prompts), cache.capacity, dtype=torch.long, device=device)
     mask[:, : len(prompts[0])] = torch.arange(len(prompts[0]), device=device) >= len(prompts[0]) - lens[:, None]
     found = Completed([[] for _ in prompts], [False] * len(prompts), [])
+    if sampling.temperature > 0:
+        found.logprobs = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt of each row of the batch
     for drawn in range(sampling.max_new_tokens):
         scores = restrict_(logits, sampling, drawn)
         if keep_support and sampling.restricted:
             found.kept.append((torch.tensor(rows, device=device), Support.of(scores > -torch.inf)))
-        tokens = draw(scores, sampling)
+        tokens, logprobs = draw(scores, sampling)
+        if found.logprobs is not None and logprobs is not None:
+            for row, logprob in zip(rows, logprobs.tolist(), strict=True):
+                found.logprobs[row].append(logprob)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             found.completions[row].append(token)
             found.ended[row] = has_ended(found.completions[row], sampling)

@@ -80,19 +80,35 @@ class Completed:
         completions: token ids, in the order of the prompts.
         ended: whether by itself, with a stop id or a text.
         kept: where it is kept, index of the prompt and support of each token, a step after the other.
+        logprobs: nats, of every token of the completions; None where they are not known, or there are none because
+            decoding is greedy.
     """
 
     completions: list[list[int]]
     ended: list[bool]
     kept: list[tuple[Tensor, Support]]
+    logprobs: list[list[float]] | None = None
 
 
-def draw(scores: Tensor, sampling: Sampling) -> Tensor:
-    """A token a row, `[b]`, from what `restrict_` made of logits `[b, vocabulary]`; the likeliest one if greedy."""
+def draw(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Draw a token a row; the likeliest one if greedy.
+
+    Args:
+        scores: `[b, vocabulary]`, what `restrict_` made of logits.
+        sampling: how to draw.
+
+    Returns:
+        the tokens `[b]`, and their logprobs `[b]` in nats; None if greedy.
+    """
     if sampling.temperature == 0:
-        return scores.argmax(1)
+        return scores.argmax(1), None
     probabilities = scores.softmax(1)
-    if scores.device.type != "cpu":
+    tokens = _drawn(probabilities)
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+
+
+def _drawn(probabilities: Tensor) -> Tensor:
+    if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1)[:, 0]
     # multinomial draws a number for every token of the vocabulary, which takes a CPU longer than the model's attention.
     # This draws one a row. In double, or the rounding of sums near 1 would be more than an unlikely token has.

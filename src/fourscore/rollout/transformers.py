@@ -71,14 +71,17 @@ def generate(
         pack: on a CPU in fp32, multiply with a copy of the weights that is made for it; not with `synced`.
 
     Returns:
-        experience with ids, lengths and support filled in, samples in the order of `prompts`.
+        experience with ids, lengths and support filled in, samples in the order of `prompts`; and logprobs, where they
+        are those of another forward pass but for the rounding of fp32 on a CPU.
     """
     device = next(policy.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     completions: dict[int, list[int]] = {}
     ended: dict[int, bool] = {}
     kept: list[tuple[Tensor, Support]] = []
+    logprobs: dict[int, list[float]] = {}
     ours = not synced and can_decode(policy)
+    exact = _is_exact(policy)
     with packed(policy) if pack and not synced else nullcontext():
         for start in range(0, len(order), sampling.batch_size):
             group = order[start : start + sampling.batch_size]
@@ -91,10 +94,20 @@ def generate(
             ended |= zip(group, found.ended, strict=True)
             index = torch.tensor(group, device=device)
             kept += [(index[rows], support) for rows, support in found.kept]
+            if exact and found.logprobs is not None:
+                logprobs |= zip(group, found.logprobs, strict=True)
     in_order = range(len(prompts))
     experience = gathered(prompts, [completions[i] for i in in_order], [ended[i] for i in in_order], sampling, device)
     experience.support = _in_order(kept)
+    if logprobs:
+        experience.logprobs = torch.tensor([logprob for i in in_order for logprob in logprobs[i]], device=device)
     return experience
+
+
+def _is_exact(policy: nn.Module) -> bool:
+    """Whether a token's logprob hangs on what it is computed with by rounding of fp32 alone."""
+    known = {(p.device.type, p.dtype) for p in policy.parameters()}
+    return known == {("cpu", torch.float32)} and not torch.is_autocast_enabled("cpu")
 
 
 def overridden_settings(policy: nn.Module) -> dict[str, Any]:
