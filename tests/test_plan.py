@@ -394,7 +394,8 @@ def test_plan_of_what_cannot_be_trained_says_so(flags, tmp_path, capsys):
 
 
 def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_there_is_room(llama_policy, llama_reward):
-    args, model_args = settings(llama_policy, llama_reward, gradient_checkpointing=True, response_length=64)
+    flags = {"gradient_checkpointing": True, "response_length": 64, "tokens_per_microbatch": 144}
+    args, model_args = settings(llama_policy, llama_reward, **flags)
     peaks = {}
     for value in (True, False):
         args.gradient_checkpointing = args.activation_checkpointing = value
@@ -415,6 +416,20 @@ def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_th
     assert decided(enough, asked_for=True) is True
     assert decided(enough, asked_for=False) is False
     assert decided(-(2**33), asked_for=False) is True
+
+
+def test_small_microbatches_are_filled_up_where_there_is_room_and_nobody_said_how_large(llama_policy, llama_reward):
+    def decided(available, **flags):
+        args, model_args = settings(llama_policy, llama_reward, **({"gradient_accumulation_steps": 64} | flags))
+        plan = plan_of_run(args, model_args, prompt=24, room=room(available))
+        return args.tokens_per_microbatch, plan.sizes.microbatch
+
+    enough = 2**33
+    assert decided(enough) == (1024, 32)  # samples of 24 + 8 tokens
+    assert decided(enough, gradient_accumulation_steps=4) == (1024, 8)  # no more than there are
+    assert decided(enough, per_device_train_batch_size=32) == (None, 32)
+    assert decided(enough, tokens_per_microbatch=100) == (100, 3)
+    assert decided(2**20) == (None, 2)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")

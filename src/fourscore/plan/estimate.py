@@ -27,6 +27,8 @@ _ROOMY = 0.8
 
 A plan is not exact, and an accelerator's memory is broken up as it is used.
 """
+FULL_PASS = 1024
+"""Tokens of a forward and backward pass on a CPU from which on more of them make an update no faster (make bench)."""
 PHASES = ("load", "rollout", "scoring", "update")
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
 ASSUMED_PROMPT = 512
@@ -142,35 +144,47 @@ class Plan:
 def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: Any) -> Plan:
     """Plans a run, and settles what nobody asked for: where the plan has room, the faster way with more memory.
 
-    Without activation checkpointing (on an accelerator), and keeping freed memory (on a CPU).
+    Without activation checkpointing (on an accelerator); keeping freed memory, and with passes of `FULL_PASS` tokens
+    where microbatches are smaller (on a CPU).
 
     Args:
-        training_args: batches, lengths, optimizer, precision; `gradient_checkpointing` and `keep_freed_memory` may
-            change.
+        training_args: batches, lengths, optimizer, precision; `gradient_checkpointing`, `keep_freed_memory` and
+            `tokens_per_microbatch` may change.
         model_args: dtype of frozen weights, PEFT, quantization.
         options: more of `make_plan`'s.
 
     Raises:
         FourscoreError: as `make_plan`.
     """
-    faster: dict[str, bool] = {}
+    faster: dict[str, Any] = {}
+    on_cpu = training_args.device.type == "cpu"
     if training_args.checkpointing_open:
         faster |= {"gradient_checkpointing": False, "activation_checkpointing": False}
-    settles_memory = training_args.keep_freed_memory is None and training_args.device.type == "cpu"
+    settles_memory = training_args.keep_freed_memory is None and on_cpu
     if settles_memory:
         faster["keep_freed_memory"] = True
-    if faster:
+    ways = [faster] if faster else []
+    if on_cpu and training_args.tokens_per_microbatch is None:
+        longest = _prompt_length(training_args, options.get("prompt")) + training_args.response_length
+        if training_args.per_device_train_batch_size * longest < FULL_PASS:
+            ways.insert(0, faster | {"tokens_per_microbatch": FULL_PASS})
+    for way in ways:
         tried = copy.copy(training_args)
-        for name, value in faster.items():
+        for name, value in way.items():
             setattr(tried, name, value)
         plan = make_plan(tried, model_args, **options)
         if plan.peak_bytes[plan.largest] <= _ROOMY * plan.available:
-            for name, value in faster.items():
+            for name, value in way.items():
                 setattr(training_args, name, value)
             return plan
     if settles_memory:
         training_args.keep_freed_memory = False
     return make_plan(training_args, model_args, **options)
+
+
+def _prompt_length(training_args: PPOConfig, prompt: int | None) -> int:
+    """Tokens of the longest prompt, as far as they are known."""
+    return prompt or training_args.max_prompt_length or ASSUMED_PROMPT
 
 
 def make_plan(
@@ -211,10 +225,9 @@ def make_plan(
     if world_size == 1:
         sharding = "none"
     assumptions = []
-    if prompt is None:
-        prompt = training_args.max_prompt_length or ASSUMED_PROMPT
-        if training_args.max_prompt_length is None:
-            assumptions.append(f"the longest prompt is taken to have {prompt} tokens: see --max_prompt_length")
+    if prompt is None and training_args.max_prompt_length is None:
+        assumptions.append(f"the longest prompt is taken to have {ASSUMED_PROMPT} tokens: see --max_prompt_length")
+    prompt = _prompt_length(training_args, prompt)
     if "reward_model" in layout.roles and layout.roles["reward_model"].reads_text:
         assumptions.append("texts are taken to have as many tokens for the reward model as for the policy")
     local_batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
