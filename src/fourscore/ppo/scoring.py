@@ -28,7 +28,7 @@ Autocast = Callable[[], AbstractContextManager]
 def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor | None:
     """Fill in logprobs, reference logprobs and values; what two roles have in common is computed once for both.
 
-    Where the rollout brought logprobs and the policy's pass would give nothing else, they stay.
+    Logprobs that the rollout brought stay, and the policy makes no pass where it would give nothing else.
 
     Args:
         roles: the four models.
@@ -41,7 +41,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
     """
     e = experience
     if e.logprobs is None or roles.value_head is not None or roles.replays_policy:
-        e.logprobs, e.values, e.ref_logprobs = policy_of(
+        logprobs, e.values, e.ref_logprobs = policy_of(
             roles.policy,
             e,
             temperature,
@@ -51,6 +51,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
             reference=roles.ref_policy if roles.replays_policy else None,
             shared_layers=roles.replays_policy,
         )
+        e.logprobs = logprobs if e.logprobs is None else e.logprobs
     if e.ref_logprobs is None:
         with roles.as_reference() as reference:
             e.ref_logprobs = logprobs_of(reference, e, temperature, batch_size, roles.autocast)
