@@ -45,7 +45,9 @@ def _cache_argument(kind: Any) -> str:
 
 
 @torch.no_grad()
-def decode(policy: nn.Module, prompts: list[list[int]], sampling: Sampling, keep_support: bool) -> Completed:
+def decode(
+    policy: nn.Module, prompts: list[list[int]], sampling: Sampling, *, keep_support: bool, keep_logprobs: bool
+) -> Completed:
     """Complete each prompt of a batch.
 
     Args:
@@ -53,6 +55,7 @@ def decode(policy: nn.Module, prompts: list[list[int]], sampling: Sampling, keep
         prompts: token ids, longest first.
         sampling: how to draw.
         keep_support: where the distribution is restricted, keep what was drawn from.
+        keep_logprobs: keep those of the tokens, unless decoding is greedy.
     """
     device = next(policy.parameters()).device
     lens = torch.tensor([len(p) for p in prompts], device=device)
@@ -61,7 +64,7 @@ def decode(policy: nn.Module, prompts: list[list[int]], sampling: Sampling, keep
     mask = torch.ones(len(prompts), cache.capacity, dtype=torch.long, device=device)
     mask[:, : len(prompts[0])] = torch.arange(len(prompts[0]), device=device) >= len(prompts[0]) - lens[:, None]
     found = Completed([[] for _ in prompts], [False] * len(prompts), [])
-    if sampling.temperature > 0:
+    if keep_logprobs and sampling.temperature > 0:
         found.logprobs = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt of each row of the batch
     for drawn in range(sampling.max_new_tokens):

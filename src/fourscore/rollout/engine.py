@@ -21,8 +21,9 @@ class Engine(Protocol):
                 it.
 
         Returns:
-            experience with ids, lengths and support filled in, samples in the order of `prompts`; and
-            `engine_logprobs`, if the engine computes with weights of its own.
+            experience with ids, lengths and support filled in, samples in the order of `prompts`; and `logprobs`, if
+            they are as good as those of another forward pass of the policy, or `engine_logprobs`, if it computes with
+            weights of its own.
 
         Raises:
             RolloutError: the completions cannot be had.

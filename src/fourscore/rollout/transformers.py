@@ -87,14 +87,14 @@ def generate(
             group = order[start : start + sampling.batch_size]
             some = [prompts[i] for i in group]
             if ours:
-                found = decode(policy, some, sampling, keep_support)
+                found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
             else:
                 found = _generate(policy, some, sampling, keep_support, synced)
             completions |= zip(group, found.completions, strict=True)
             ended |= zip(group, found.ended, strict=True)
             index = torch.tensor(group, device=device)
             kept += [(index[rows], support) for rows, support in found.kept]
-            if exact and found.logprobs is not None:
+            if found.logprobs is not None:
                 logprobs |= zip(group, found.logprobs, strict=True)
     in_order = range(len(prompts))
     experience = gathered(prompts, [completions[i] for i in in_order], [ended[i] for i in in_order], sampling, device)
