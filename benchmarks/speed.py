@@ -31,7 +31,7 @@ EMBEDDED = "embedded"
 SYSTEMS = ("TRL", "fourscore")
 PHASES = ("rollout", "scoring", "update", "whole")
 MICROBATCH = {"TRL": {"even": 16}, "fourscore": {"even": 16}}
-"""Samples a forward and backward pass where it is not 4, by workload: the faster one for each system."""
+"""Samples a forward and backward pass where it is not 4, by workload."""
 
 AIMS = {("lora", "even"): 1.5, ("lora", "ragged"): 2.5, ("lora", "tldr"): 2.0}
 AIMS |= {("full", "even"): 1.3, ("full", "ragged"): 2.0, ("full", "tldr"): 1.6}

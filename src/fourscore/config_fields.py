@@ -235,7 +235,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "tokens_per_microbatch": _changed(
             "Most tokens in a forward and backward pass, padding included.",
             "Not in TRL. Default: per_device_train_batch_size times the longest sample of the minibatch; on a CPU "
-            "fourscore ppo takes 1024 where that is less and its plan has room, which is faster (docs/benchmarks.md).",
+            "fourscore ppo takes 1024 where that is less and its plan has room: fewer passes, more memory.",
         ),
         "gradient_accumulation_steps": _honoured("Such passes in a rollout batch."),
         "per_device_eval_batch_size": _honoured("Prompts generated and scored at a time in evaluation."),

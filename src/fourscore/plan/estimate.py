@@ -28,7 +28,10 @@ _ROOMY = 0.8
 A plan is not exact, and an accelerator's memory is broken up as it is used.
 """
 FULL_PASS = 1024
-"""Tokens of a forward and backward pass on a CPU from which on more of them make an update no faster (make bench)."""
+"""Tokens that passes of an update are filled up to on a CPU.
+
+By the cost that `microbatches` reckons with, 64 tokens a pass, what a pass costs by itself is then a sixteenth.
+"""
 PHASES = ("load", "rollout", "scoring", "update")
 ROLES = ("policy", "ref_policy", "reward_model", "value_model")
 ASSUMED_PROMPT = 512
