@@ -18,6 +18,7 @@ from fourscore.models import forward
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter
 from fourscore.models.dropout import disable_dropout
 from fourscore.models.forward import (
+    Rectangle,
     completion_logprobs,
     completion_values,
     rectangle,
@@ -81,6 +82,10 @@ def plain_logprobs(policy: Any, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs += [row[token] for row, token in zip(distribution, sample[prompt_len:], strict=True)]
         entropies.append(-(distribution.double().exp() * distribution.double()).sum(-1))
     return torch.stack(logprobs), torch.cat(entropies).float()
+
+
+def entropies_that_train(policy: Any, batch: Rectangle) -> Tensor:
+    return completion_logprobs(policy, batch, 0.7, entropy_trains=True)[1]
 
 
 def plain_values(critic: Any) -> Tensor:
@@ -192,7 +197,7 @@ def test_chunks_change_neither_numbers_nor_gradients(
         monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * len(TOKENIZER) * chunk)
         shapes: list[int] = []
         handle = head.register_forward_hook(lambda module, args, out, shapes=shapes: shapes.append(out.shape[1]))
-        logprobs, entropy = completion_logprobs(policy, batch, 0.7)
+        logprobs, entropy = completion_logprobs(policy, batch, 0.7, entropy_trains=True)
         (logprobs * weights + entropy * weights.flip(0)).sum().backward()
         handle.remove()
         forward, backward = shapes[1 : 1 + -(-14 // chunk)], shapes[1 + -(-14 // chunk) :]
@@ -208,7 +213,7 @@ def test_gradients_equal_those_of_a_plain_forward(policy: Any, critic: Any) -> N
     batch = rectangle(SAMPLES, PROMPT_LENS)
     for model, ours, plain in (
         (policy, lambda: completion_logprobs(policy, batch, 0.7)[0], lambda: plain_logprobs(policy, 0.7)[0]),
-        (policy, lambda: completion_logprobs(policy, batch, 0.7)[1], lambda: plain_logprobs(policy, 0.7)[1]),
+        (policy, lambda: entropies_that_train(policy, batch), lambda: plain_logprobs(policy, 0.7)[1]),
         (critic, lambda: completion_values(critic, batch), lambda: plain_values(critic)),
     ):
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -272,7 +277,7 @@ def test_gradients_of_logprobs_and_entropies_in_float64(
 
     def chunked(inputs: Tensor) -> tuple[Tensor, Tensor]:
         size = forward_module.CHUNK_BYTES // (4 * 11)
-        return forward_module._ChunkedLogprobs.apply(inputs, targets, support, 0.7, size, head, head)
+        return forward_module._ChunkedLogprobs.apply(inputs, targets, support, 0.7, size, head, head, False)
 
     assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-14)
 
@@ -292,6 +297,44 @@ def test_entropy_of_a_uniform_distribution(llama: Any) -> None:
     size = torch.tensor(float(len(TOKENIZER)))
     assert_close(entropy, size.log().expand(14))
     assert_close(logprobs.detach(), -size.log().expand(14))
+
+
+@pytest.mark.parametrize("chunk", [4, 14])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
+def test_a_frozen_head_is_gone_through_once(arch: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are made once, and the gradients are those of whole logits; entropies have one where it is asked."""
+    monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * len(TOKENIZER) * chunk)
+    targets = ["c_attn"] if arch == "gpt2" else ["q_proj", "v_proj"]
+    policy = in_training(make_model(arch, TOKENIZER, "policy"))
+    model = add_policy_adapter(policy, LoraConfig(r=4, target_modules=targets, fan_in_fan_out=arch == "gpt2"))
+    randomize(model, "lora_B")
+    model.double()
+    batch, weights = rectangle(SAMPLES, PROMPT_LENS), torch.linspace(-1, 1, 14)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: list[int] = []
+    count = lambda module, args, output: rows.append(output.shape[1] * output.shape[0])  # noqa: E731
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in trained.items()}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    handle = model.get_base_model().get_output_embeddings().register_forward_hook(count)
+    logprobs, entropy = completion_logprobs(model, batch, 0.7)
+    got = gradients((logprobs * weights).sum())
+    assert sum(rows) == 14 and not entropy.requires_grad
+    rows.clear()
+    both = completion_logprobs(model, batch, 0.7, entropy_trains=True)
+    got_both = gradients(sum((each * weights).sum() for each in both))
+    assert sum(rows) == 28, "made again where entropies train"
+    handle.remove()
+    plain = plain_logprobs(model, 0.7)
+    assert_close(logprobs, plain[0], rtol=1e-10, atol=1e-10)
+    assert_close(got, gradients((plain[0] * weights).sum()), rtol=1e-8, atol=1e-10)
+    plain = plain_logprobs(model, 0.7)
+    assert_close(got_both, gradients(sum((each * weights).sum() for each in plain)), rtol=1e-4, atol=1e-6)
+    assert max(g.abs().max() for g in got.values()) > 0.1
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"], ["lm_head"]])

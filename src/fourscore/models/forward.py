@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -122,12 +123,15 @@ def scatter_back(pieces: list[Tensor], order: list[Tensor], lens: Tensor | None 
     return torch.cat(place)
 
 
-def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    model: nn.Module, batch: Rectangle, temperature: float, *, entropy_trains: bool = False
+) -> tuple[Tensor, Tensor]:
     """Logprob of each completion token, and the entropy of the distribution it was drawn from.
 
     The model's own forward runs, so whatever it does to its logits (soft-capping, scaling) is kept, and sharded
     models gather their weights. Its head sees the completion's states only, a chunk of `CHUNK_BYTES` of logits at a
-    time, in the backward pass, too: the `[C, vocabulary]` logits never exist.
+    time: the `[C, vocabulary]` logits never exist. Where the head trains, its backward pass makes each chunk again;
+    where it is frozen, gradients of logprobs are made with them, up to a factor a token, as states are all they go to.
 
     Where the batch has a support, the distribution is that of the logits in it, renormalised.
 
@@ -137,20 +141,20 @@ def completion_logprobs(model: nn.Module, batch: Rectangle, temperature: float) 
         model: a causal LM, PEFT or plain.
         batch: the samples.
         temperature: logits are divided by it, as in the rollout.
+        entropy_trains: the entropies have a gradient as well.
 
     Returns:
-        logprobs `[C]` and entropies `[C]` in nats, fp32, both with gradient; that of the entropies costs nothing where
-        it is not asked for.
+        logprobs `[C]` and entropies `[C]` in nats, fp32.
 
     Raises:
         FourscoreError: the model keeps its backbone where transformers does not.
     """
-    logprobs, entropy, _ = _completion_states(model, batch, temperature)
+    logprobs, entropy, _ = _completion_states(model, batch, temperature, entropy_trains)
     return logprobs, entropy
 
 
 def completion_logprobs_and_values(
-    model: nn.Module, head: nn.Linear, batch: Rectangle, temperature: float
+    model: nn.Module, head: nn.Linear, batch: Rectangle, temperature: float, *, entropy_trains: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `completion_logprobs`, with the values that a head on the same backbone gives, from one forward pass.
 
@@ -159,15 +163,18 @@ def completion_logprobs_and_values(
         head: the value model's.
         batch: the samples.
         temperature: logits are divided by it, as in the rollout.
+        entropy_trains: the entropies have a gradient as well.
 
     Returns:
         logprobs, entropies and values, `[C]` each, fp32.
     """
-    logprobs, entropy, states = _completion_states(model, batch, temperature)
+    logprobs, entropy, states = _completion_states(model, batch, temperature, entropy_trains)
     return logprobs, entropy, _linear_in_fp32(head, states)[:, 0]
 
 
-def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _completion_states(
+    model: nn.Module, batch: Rectangle, temperature: float, entropy_trains: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs `[C]`, entropies `[C]`, and the last hidden states `[C, d]` that they were computed from."""
     base = without_peft(model)
     trunk = base.base_model
@@ -175,6 +182,7 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
         raise FourscoreError(
             f"{type(base).__name__} names no backbone (base_model_prefix): use an architecture of transformers."
         )
+    sharded = any(isinstance(parameter, DTensor) for parameter in base.parameters())
     seen: list[tuple[Any, Tensor]] = []
     entropies: list[Tensor] = []
 
@@ -182,7 +190,8 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
         if seen:
             return output
         states = output[0]
-        narrowed = _with_states(output, states[:0])
+        # Without a graph of their own, so that what the head makes of them tells whether it trains.
+        narrowed = _with_states(output, states[:0] if sharded else states[:0].detach())
         seen.append((narrowed, states[batch.rows, batch.columns]))
         return narrowed
 
@@ -197,9 +206,13 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
         size = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
         head = base.get_output_embeddings()
+        # Backward through a sharded head is for FSDP2 to begin.
+        at_once = states.requires_grad and not (sharded or output.logits.requires_grad or entropy_trains)
         output.logits, entropy = _ChunkedLogprobs.apply(
-            states, batch.targets, batch.support, temperature, size, logits_of, head
+            states, batch.targets, batch.support, temperature, size, logits_of, head, at_once
         )
+        if not entropy_trains:
+            entropy = entropy.detach()
         entropies.append(entropy)
         return output
 
@@ -213,7 +226,11 @@ def _completion_states(model: nn.Module, batch: Rectangle, temperature: float) -
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Logprobs `[C]` of targets and entropies `[C]` from states `[C, d]`; each chunk's logits are made twice."""
+    """Logprobs `[C]` of targets and entropies `[C]` from states `[C, d]`.
+
+    With `at_once` the gradient of each logprob is made with it, and the head is not gone through again. That leaves out
+    gradients of the head and of the entropies. Otherwise the backward pass makes each chunk's logits a second time.
+    """
 
     @staticmethod
     def forward(
@@ -225,8 +242,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         size: int,
         logits_of: Callable[[Tensor], Tensor],
         head: nn.Module | None,
+        at_once: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(states, targets)
         ctx.temperature, ctx.size, ctx.logits_of, ctx.head = temperature, size, logits_of, head
         ctx.supports = supports = [None] * len(targets.split(size)) if support is None else support.split(size)
         kind = states.device.type
@@ -234,9 +251,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.autocast = partial(
             torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
         )
-        logprobs, entropies = [], []
+        logprobs, entropies, slopes = [], [], []
         for some, chosen, within in zip(states.split(size), targets.split(size), supports, strict=True):
-            logits = _scaled(logits_of(some), temperature, within)
+            some = some.detach().requires_grad_(at_once)
+            with torch.set_grad_enabled(at_once):
+                logits = logits_of(some)
+            # The edge leads back through the head without keeping the logits themselves.
+            edge, dtype = get_gradient_edge(logits) if at_once else None, logits.dtype
+            logits = _scaled(logits.detach(), temperature, within)
             logits -= logits.amax(1, keepdim=True)
             chosen_logit = logits.gather(1, chosen[:, None]).squeeze(1)
             weights = logits.exp()
@@ -244,12 +266,21 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logprobs.append(chosen_logit - total.log())
             if within is not None:
                 logits.clamp_(min=torch.finfo(logits.dtype).min)  # zero times minus infinity is no number
-            entropies.append(total.log() - weights.mul_(logits).sum(1) / total)
+            entropies.append(total.log() - logits.mul_(weights).sum(1) / total)
+            if edge is not None:
+                slope = _logprob_slope_(weights, total, chosen, total.new_full(total.shape, 1 / temperature))
+                slopes += torch.autograd.grad(edge, some, slope.to(dtype))
+        ctx.at_once = at_once
+        ctx.save_for_backward(*([torch.cat(slopes)] if at_once else [states, targets]))
         ctx.set_materialize_grads(False)
         return torch.cat(logprobs), torch.cat(entropies)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.at_once:
+            (slopes,) = ctx.saved_tensors
+            assert grad is not None
+            return (grad[:, None] * slopes).to(slopes.dtype), *[None] * 7
         states, targets = ctx.saved_tensors
         if grad is None:
             assert entropy_grad is not None
@@ -261,19 +292,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
-            # d logprob / d logits = (onehot - softmax) / temperature, written over one copy of the logits.
             slope = _scaled(logits.detach(), ctx.temperature, within)
             slope -= slope.amax(1, keepdim=True)
             bonus = None if entropy_grads is None else _entropy_slope(slope, entropy_grads / ctx.temperature)
             slope.exp_()
-            grads = grads[:, None] / ctx.temperature
-            slope *= -grads / slope.sum(1, keepdim=True)
-            slope.scatter_add_(1, chosen[:, None], grads)
+            slope = _logprob_slope_(slope, slope.sum(1), chosen, grads / ctx.temperature)
             if bonus is not None:
                 slope += bonus
             logits.backward(slope.to(logits.dtype))
             pieces.append(some.grad)
-        return torch.cat(pieces), None, None, None, None, None, None
+        return torch.cat(pieces), *[None] * 7
+
+
+def _logprob_slope_(weights: Tensor, total: Tensor, chosen: Tensor, grads: Tensor) -> Tensor:
+    """Gradient of logprobs with respect to logits, `onehot - softmax`, times `grads`; written over `weights`.
+
+    Args:
+        weights: `[c, V]`, what the softmax is the share of in their sum.
+        total: `[c]`, that sum.
+        chosen: `[c]` tokens.
+        grads: `[c]`.
+    """
+    weights *= (-grads / total)[:, None]
+    return weights.scatter_add_(1, chosen[:, None], grads[:, None])
 
 
 def _entropy_slope(logits: Tensor, grads: Tensor) -> Tensor:

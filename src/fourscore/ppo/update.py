@@ -266,7 +266,9 @@ def _policy_backward(
     policy: nn.Module, settings: UpdateSettings, autocast: Autocast, micro: Experience, totals: _Totals, scale: float
 ) -> Sums:
     with autocast():
-        logprobs, entropy = completion_logprobs(policy, _rectangle(micro), settings.temperature)
+        logprobs, entropy = completion_logprobs(
+            policy, _rectangle(micro), settings.temperature, entropy_trains=settings.entropy_coef != 0
+        )
     loss, sums = _policy_terms(logprobs, entropy, micro, totals, settings)
     (loss * scale).backward()
     return sums
@@ -300,7 +302,7 @@ def _joint_backward(
 ) -> Sums:
     with autocast():
         logprobs, entropy, values = completion_logprobs_and_values(
-            policy, head, _rectangle(micro), settings.temperature
+            policy, head, _rectangle(micro), settings.temperature, entropy_trains=settings.entropy_coef != 0
         )
     pg, policy_sums = _policy_terms(logprobs, entropy, micro, totals, settings)
     vf, value_sums = _value_terms(values, micro, settings)
