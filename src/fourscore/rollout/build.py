@@ -8,17 +8,20 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from fourscore.errors import Findings, FourscoreError
-from fourscore.models.adapters import can_be_one
+from fourscore.models.adapters import can_be_one, joint_rank
 from fourscore.models.checkpoint import Checkpoint
 from fourscore.models.checks import lora_config
 from fourscore.models.forward import without_peft
 from fourscore.models.frozen_layers import has_tied_head
 from fourscore.parallel import Parallel
+from fourscore.plan.memory import local_processes
 from fourscore.ppo.roles import Roles
 from fourscore.rollout.engine import Engine
 from fourscore.rollout.transformers import InProcess
 from fourscore.rollout.vllm import VLLM, unfit
+from fourscore.rollout.vllm_process import own_server, why_none
 from fourscore.rollout.vllm_server import Served, Server
+from fourscore.runs.directory import SERVER_LOG
 
 if TYPE_CHECKING:
     from fourscore.config import ModelConfig, PPOConfig
@@ -28,7 +31,9 @@ _QUICK_S = 30.0
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def build_engine(args: Any, roles: Roles, parallel: Parallel, save: Callable[[Path], Path], folder: Path) -> Engine:
+def build_engine(
+    args: Any, roles: Roles, parallel: Parallel, save: Callable[[Path], Path], folder: Path, longest: Callable[[], int]
+) -> Engine:
     """What `--rollout_engine` names.
 
     Args:
@@ -38,9 +43,10 @@ def build_engine(args: Any, roles: Roles, parallel: Parallel, save: Callable[[Pa
         save: writes the policy's weights, or its adapter as one, into a folder and returns where they are; every
             process calls it.
         folder: for what is handed over in files.
+        longest: says how many tokens the longest prompt has.
 
     Raises:
-        FourscoreError: the engine cannot take the policy.
+        FourscoreError: the engine cannot take the policy, or a server of the run's own cannot be started.
     """
     if args.rollout_engine == "transformers":
         return InProcess(roles.policy, roles.autocast, synced=parallel.sharded, pack=args.pack_rollout_weights)
@@ -49,20 +55,48 @@ def build_engine(args: Any, roles: Roles, parallel: Parallel, save: Callable[[Pa
             "--rollout_engine vllm: the policy is several adapters that are no single LoRA together, and a server "
             "takes one; use --rollout_engine transformers"
         )
+    adapter, log = isinstance(roles.policy, PeftModel), folder.parent / SERVER_LOG
+    url, own, process = args.vllm_server_url, args.vllm_server_url is None, None
+    if own:
+        if failure := why_none_here(args):
+            raise FourscoreError(failure)
+        if parallel.is_main:
+            rank = joint_rank(roles.policy) if adapter else None
+            process = own_server(args, without_peft(roles.policy), parallel.device, rank, longest(), log)
+        [url, *_] = parallel.gather([process.url if process else ""])
     return VLLM(
         Server(
-            args.vllm_server_url,
+            url,
             timeout=args.vllm_timeout,
-            retries=args.vllm_retries,
+            retries=min(1, args.vllm_retries)
+            if own
+            else args.vllm_retries,  # what died is started again, not waited for
             concurrency=args.local_rollout_forward_batch_size,
+            own=log if own else None,
         ),
         save,
         folder,
         parallel,
-        adapter=isinstance(roles.policy, PeftModel),
+        own=own,
+        process=process,
+        adapter=adapter,
         vocabulary=int(roles.policy.config.get_text_config().vocab_size),
         tied=_tied(roles.policy) if has_tied_head(roles.policy) else None,
     )
+
+
+def why_none_here(args: Any) -> str | None:
+    """Why a run cannot start a server of its own, if so.
+
+    Args:
+        args: `PPOConfig`.
+    """
+    if local_processes(args.world_size or 1) < (args.world_size or 1):
+        return (
+            "--rollout_engine vllm: a server that the run starts cannot be reached from its other machines; start one "
+            "yourself and pass --vllm_server_url, docs/rollout.md says how"
+        )
+    return why_none(args.vllm_python)
 
 
 def _tied(policy: Any) -> tuple[str, str]:
@@ -85,12 +119,16 @@ def check_engine(
         longest: tokens of the longest prompt, if they are known.
         findings: takes errors and warnings.
     """
-    if args.rollout_engine != "vllm" or args.vllm_server_url is None:
+    if args.rollout_engine != "vllm":
         return
     rank = None
     if model_args.use_peft:
         with findings.collect():
             rank = _rank(model_args, sft)
+    if args.vllm_server_url is None:
+        if failure := why_none_here(args):
+            findings.error(failure)
+        return
     server = Server(args.vllm_server_url, timeout=min(_QUICK_S, args.vllm_timeout), retries=0, concurrency=1)
     with findings.collect():
         served = server.describe()

@@ -20,6 +20,7 @@ from fourscore.parallel import Parallel
 from fourscore.ppo.experience import Experience
 from fourscore.rollout.engine import gathered
 from fourscore.rollout.sampling import Sampling, has_ended
+from fourscore.rollout.vllm_process import OwnServer
 from fourscore.rollout.vllm_server import FRESH, Served, Server
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ _OUTPUT = "output.safetensors"
 _ROUNDS = 3
 """Times that a rollout asks for its samples; before each but the first the server had lost the weights."""
 _SEEDS = 2**62
+_ENDS_S = 10.0
+"""That a server may take to end when its engine has died."""
 
 
 class VLLM:
@@ -48,6 +51,8 @@ class VLLM:
         adapter: bool,
         vocabulary: int,
         tied: tuple[str, str] | None = None,
+        own: bool = False,
+        process: OwnServer | None = None,
     ) -> None:
         """Take the server; nothing is sent yet.
 
@@ -60,10 +65,13 @@ class VLLM:
             adapter: `save` writes an adapter of the model that is served.
             vocabulary: ids that the policy knows.
             tied: names of the weights of the embedding and of an output layer that is tied to it.
+            own: the server is the run's: it is started for the first rollout, once more if it dies, and ended.
+            process: that server, on the main process.
         """
         self._server, self._save, self._parallel = server, save, parallel
         self._folder = folder.absolute()
         self._adapter, self._vocabulary, self._tied = adapter, vocabulary, tied
+        self._own, self._process = own, process
         self._run = secrets.token_hex(4)
         self._pushes = 0
         self._name = ""  # of the weights that the server should have
@@ -76,7 +84,9 @@ class VLLM:
         self._changed = True
 
     def close(self) -> None:
-        """Delete the files."""
+        """Delete the files, and end a server of the run's own."""
+        if self._process is not None:
+            self._process.stop()
         if self._parallel.is_main:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._loaded = None
@@ -85,7 +95,7 @@ class VLLM:
         """Complete each prompt once; see `Engine`."""
         if keep_support and sampling.truncates:
             raise FourscoreError("a vLLM server does not say what top-k and top-p left to draw from: use neither")
-        if self._changed or not self._name:
+        if self._start() or self._changed or not self._name:
             self._push()
         # From this process's random numbers, so that a resumed run asks for what the uninterrupted one did.
         seeds = torch.randint(_SEEDS, (len(prompts),)).tolist()
@@ -97,16 +107,39 @@ class VLLM:
                 found |= self._ask(missing, prompts, sampling, seeds)
             except RolloutError as error:
                 failure = str(error)
-            self._together(failure)
+            if not (rounds_left and self._died(failure)):
+                self._together(failure)
             if not any(self._parallel.gather([len(found) < len(prompts)])):
                 break
             if not rounds_left:
                 raise self._server.error(f"lost the policy's weights {_ROUNDS} times in one rollout; is it shared?")
+            self._start()
             if self._parallel.is_main:
-                logger.warning("%s has other weights than it was given: it gets them again", self._server.url)
+                logger.warning("%s has other weights than it was given: it gets them again", self._server.name)
             self._checked = False
             self._push()
         return self._experience(prompts, [found[i] for i in range(len(prompts))], sampling, keep_support)
+
+    def _start(self) -> bool:
+        """See to it that a server of the run's own is there; whether it is a new one, without the policy's weights."""
+        if not self._own:
+            return False
+        new, failure = self._process is not None and not self._process.runs, ""
+        if new and self._process is not None:
+            try:
+                self._process.start()
+            except RolloutError as error:
+                failure = str(error)
+        self._together(failure)
+        new = any(self._parallel.gather([new]))
+        self._checked &= not new
+        return new
+
+    def _died(self, failure: str) -> bool:
+        """Whether a request failed as a server of the run's own has ended: what is missing is for the next one then."""
+        if not self._own or not any(self._parallel.gather([bool(failure)])):
+            return False
+        return any(self._parallel.gather([self._process is not None and self._process.ends(_ENDS_S)]))
 
     def _push(self) -> None:
         """Hand over the weights; they are written only where they are not in a file yet."""

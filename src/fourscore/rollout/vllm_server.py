@@ -70,7 +70,7 @@ class Answer:
 class Server:
     """The server at an address."""
 
-    def __init__(self, url: str, *, timeout: float, retries: int, concurrency: int) -> None:
+    def __init__(self, url: str, *, timeout: float, retries: int, concurrency: int, own: Path | None = None) -> None:
         """Take the address; nothing is sent yet.
 
         Args:
@@ -78,8 +78,11 @@ class Server:
             timeout: seconds that an answer may take.
             retries: times that a request is repeated, after pauses of 0, 1, 2, 4, ... seconds.
             concurrency: requests at a time.
+            own: the log of a server that the run has started; None: somebody else has.
         """
         self.url = url.rstrip("/")
+        self.name = "--rollout_engine vllm" if own else f"--vllm_server_url {self.url}"
+        self._way_out = f"{own} has what the server printed" if own else "start the server, docs/rollout.md says how"
         key = os.environ.get("VLLM_API_KEY")  # as the server itself is given it
         self._repeats = retries > 0
         self._http = urllib3.PoolManager(
@@ -207,7 +210,7 @@ class Server:
 
     def error(self, what: str) -> RolloutError:
         """An error that names the server."""
-        return RolloutError(f"--vllm_server_url {self.url}: {what}")
+        return RolloutError(f"{self.name}: {what}")
 
     def _adapters(self) -> set[str]:
         return {str(model["id"]) for model in self._json("GET", "/v1/models")["data"]}
@@ -222,7 +225,7 @@ class Server:
         except urllib3.exceptions.HTTPError as error:
             reason = " ".join(str(getattr(error, "reason", None) or error).split())[:200]
             again = " to repeated requests" if self._repeats else ""
-            raise self.error(f"no answer{again} ({reason}); start the server, docs/rollout.md says how") from error
+            raise self.error(f"no answer{again} ({reason}); {self._way_out}") from error
 
     def _checked(self, response: urllib3.BaseHTTPResponse, path: str, hint: str = "") -> dict[str, Any]:
         """What an answer says, a JSON object.

@@ -25,6 +25,8 @@ SUMMARY = "summary.json"
 CARD = "README.md"
 HANDED_OVER = ".rollout"
 """Folder of the weights that a rollout engine is given; of no use when the run has ended."""
+SERVER_LOG = "vllm.log"
+"""What a vLLM server prints that the run has started."""
 
 # A checkpoint is written under another name and then renamed, so one with this name is complete.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -51,7 +53,7 @@ def check(path: str | Path, resume: str | Path | bool | None) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FourscoreError(f"--output_dir {path} is a file: give another --output_dir")
-    entries = sorted({entry.name for entry in path.iterdir()} - {HANDED_OVER}) if path.is_dir() else []
+    entries = sorted({entry.name for entry in path.iterdir()} - {HANDED_OVER, SERVER_LOG}) if path.is_dir() else []
     if entries == [SAMPLES]:  # generate_completions() before train(): what the untrained policy writes
         entries = []
 
