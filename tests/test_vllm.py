@@ -1,5 +1,6 @@
 """Rollout by a vLLM server: a process of its wire shape on the loopback, which is killed and started again, too."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
 from test_parallel import HERE, tool
 from test_reward_server import unused_port
@@ -492,12 +493,39 @@ def test_a_run_that_starts_its_server(
 
 
 def test_its_server_is_started_again_where_it_died(
-    stub: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stub: Path,
+    llama_policy: Path,
+    llama_reward: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "once").write_text("8")  # in the second rollout
     monkeypatch.setenv("STUB_DIES_ONCE", str(tmp_path / "once"))
+    asked: list[Any] = []
+    complete = Server.complete
+    monkeypatch.setattr(Server, "complete", lambda self, *words: asked.append(words) or complete(self, *words))
     trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward)).train()
     assert asked_of(stub, "started") == 2 and asked_of(stub, "/collective_rpc") == 4
+    assert 3 * 4 < len(asked) < 4 * 4, "what had been answered is not asked for again"
+    assert "was started again, as it had died" in caplog.text
+    assert_on_policy(tmp_path / "run")
+
+
+def test_its_server_dies_as_weights_are_handed_over(
+    stub: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward))
+    load, times = Server.load_weights, itertools.count(1)
+
+    def load_weights(server: Server, folder: Path, version: str) -> None:
+        if next(times) == 2:
+            trainer.engine._process._process.kill()
+        load(server, folder, version)
+
+    monkeypatch.setattr(Server, "load_weights", load_weights)
+    trainer.train()
+    assert asked_of(stub, "started") == 2
     assert_on_policy(tmp_path / "run")
 
 
@@ -507,6 +535,8 @@ def test_its_server_does_not_start(
 ) -> None:
     monkeypatch.setenv("STUB_FAILS", "Free memory on device cuda:0 is less than desired")
     trainer = trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vllm.log").write_text("OldError: of another run\n")
     expected = r"--rollout_engine vllm: the server ended .*\(ValueError: Free memory on device.*\).*vllm\.log has what"
     with pytest.raises(RolloutError, match=expected):
         trainer.train()
@@ -519,6 +549,23 @@ def test_no_vllm_to_start(llama_policy: Path, llama_reward: Path, tmp_path: Path
     ):
         with pytest.raises(FourscoreError, match=message):
             trainer_on(config(tmp_path / "run", None, llama_policy, llama_reward, **changes))
+
+
+@pytest.mark.usefixtures("stub")
+def test_an_adapter_that_is_no_lora(llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
+    args = config(tmp_path / "run", None, llama_policy, llama_reward)
+    models = load_models(ModelConfig(), args)
+    scaled = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=["v_proj"], feedforward_modules=[])
+    with pytest.raises(FourscoreError, match="the policy's adapters are no single LoRA together"):
+        PPOTrainer(
+            args=args,
+            processing_class=models.tokenizer,
+            model=get_peft_model(models.policy, scaled),
+            ref_model=None,
+            reward_model=models.reward_model,
+            value_model=models.value_model,
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        )
 
 
 @pytest.mark.usefixtures("stub")

@@ -265,6 +265,12 @@ def print_kills(console: Console, found: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------- a server of the run's own
 
 
+def held_by(server: int) -> int:
+    """Bytes of memory that a server and its engine have to themselves."""
+    process = psutil.Process(server)
+    return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
+
+
 class _Own(TrainerCallback):
     """Measures a server that the run has started, and kills it in the rollout of update 3."""
 
@@ -275,9 +281,9 @@ class _Own(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the rollout."""
         if state.global_step == 2:
-            server = psutil.Process(self.trainer.engine._process._process.pid)
-            self.anonymous = sum(each.memory_full_info().uss for each in [server, *server.children(recursive=True)])
-            threading.Timer(0.3, self._kill, [server.pid]).start()
+            server = self.trainer.engine._process._process.pid
+            self.anonymous = held_by(server)
+            threading.Timer(0.3, self._kill, [server]).start()
 
     def _kill(self, group: int) -> None:
         os.killpg(group, 9)
@@ -365,10 +371,12 @@ def times_of(python: str, scratch: Path, options: argparse.Namespace) -> dict[st
                     if turn:  # the first pair warms up
                         times.append(time.perf_counter() - started)
                     assert [len(completion) for completion in drawn] == lengths
+        held = held_by(server.process.pid)
     return {
         "seconds": seconds,
         "push_s": pushes,
         "start_s": server.start_s,
+        "held": held,
         "tokens": sum(lengths),
         "prompts": len(prompts),
         "threads": torch.get_num_threads(),
@@ -386,7 +394,8 @@ def print_times(console: Console, found: dict[str, Any], model: str) -> None:
         table.add_row(name, f"{middle:.2f}", f"{min(times):.2f} to {max(times):.2f}", f"{found['tokens'] / middle:.0f}")
     console.print(table)
     console.print(
-        f"handing over full weights: {median(found['push_s']):.2f} s; start of the server: {found['start_s']:.0f} s"
+        f"handing over full weights: {median(found['push_s']):.2f} s; start of the server: {found['start_s']:.0f} s; "
+        f"it held {found['held'] / 2**30:.2f} GiB"
     )
 
 

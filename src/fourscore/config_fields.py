@@ -111,12 +111,13 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "A Python that has vLLM, to start a server with (default: the one that runs this).", "Not in TRL's PPO."
         ),
         "vllm_gpu_memory_utilization": _changed(
-            "Share of the GPU for a server that the run starts beside itself.", "Not in TRL's PPO; as in its GRPO."
+            "Share of the GPU for a vLLM server that the run starts; of no matter for others, and on a CPU.",
+            "Not in TRL's PPO; as in its GRPO.",
         ),
         "vllm_timeout": _changed("Seconds that the vLLM server may take for an answer.", "Not in TRL's PPO."),
         "vllm_retries": _changed(
             "Times that a request to the vLLM server is repeated; 8 wait 2 minutes for one that starts again.",
-            "Not in TRL's PPO.",
+            "Not in TRL's PPO. A server that the run starts is started again instead.",
         ),
         "response_length": _honoured("Most tokens in a completion."),
         "min_response_length": _changed(

@@ -257,6 +257,11 @@ def can_be_one(model: PeftModel) -> bool:
     return plain or len(configs) == 1
 
 
+def is_lora(model: PeftModel) -> bool:
+    """Whether the active adapters are LoRA, and nothing else of PEFT's."""
+    return all(model.peft_config[name].peft_type == "LORA" for name in model.base_model.active_adapters)
+
+
 def joint_rank(model: PeftModel) -> int:
     """The rank of the active adapters as one LoRA."""
     configs = [cast(Any, model.peft_config[name]) for name in model.base_model.active_adapters]

@@ -379,7 +379,7 @@ class PPOTrainer:
                 "update %d: %s and the policy differ by %.2g nats a token in the mean: the server has another model or "
                 "dtype",
                 self.state.global_step,
-                self.args.vllm_server_url,
+                self.args.vllm_server_url or "the vLLM server",
                 mean,
             )
         return metrics

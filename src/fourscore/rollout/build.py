@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from fourscore.errors import Findings, FourscoreError
-from fourscore.models.adapters import can_be_one, joint_rank
+from fourscore.models.adapters import can_be_one, is_lora, joint_rank
 from fourscore.models.checkpoint import Checkpoint
 from fourscore.models.checks import lora_config
 from fourscore.models.forward import without_peft
@@ -50,23 +50,22 @@ def build_engine(
     """
     if args.rollout_engine == "transformers":
         return InProcess(roles.policy, roles.autocast, synced=parallel.sharded, pack=args.pack_rollout_weights)
-    if isinstance(roles.policy, PeftModel) and not can_be_one(roles.policy):
+    if isinstance(roles.policy, PeftModel) and not (is_lora(roles.policy) and can_be_one(roles.policy)):
         raise FourscoreError(
-            "--rollout_engine vllm: the policy is several adapters that are no single LoRA together, and a server "
-            "takes one; use --rollout_engine transformers"
+            "--rollout_engine vllm: the policy's adapters are no single LoRA together, and a server takes one; use "
+            "--rollout_engine transformers"
         )
     adapter, log = isinstance(roles.policy, PeftModel), folder.parent / SERVER_LOG
-    url, own, process = args.vllm_server_url, args.vllm_server_url is None, None
+    own, process = args.vllm_server_url is None, None
     if own:
-        if failure := why_none_here(args):
-            raise FourscoreError(failure)
-        if parallel.is_main:
-            rank = joint_rank(roles.policy) if adapter else None
-            process = own_server(args, without_peft(roles.policy), parallel.device, rank, longest(), log)
-        [url, *_] = parallel.gather([process.url if process else ""])
+        for failure in parallel.gather([why_none_here(args)]):
+            if failure is not None:
+                raise FourscoreError(failure)
+        rank = joint_rank(roles.policy) if adapter else None
+        process = own_server(args, without_peft(roles.policy), parallel.device, rank, longest(), log)
     return VLLM(
         Server(
-            url,
+            args.vllm_server_url or "",  # of its own known when it is started
             timeout=args.vllm_timeout,
             retries=min(1, args.vllm_retries)
             if own
@@ -78,7 +77,7 @@ def build_engine(
         folder,
         parallel,
         own=own,
-        process=process,
+        process=process if parallel.is_main else None,
         adapter=adapter,
         vocabulary=int(roles.policy.config.get_text_config().vocab_size),
         tied=_tied(roles.policy) if has_tied_head(roles.policy) else None,

@@ -5,7 +5,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,18 @@ class VLLM:
         found: dict[int, _Completion] = {}
         for rounds_left in reversed(range(_ROUNDS)):
             missing = [i for i in range(len(prompts)) if i not in found]
-            failure = ""
-            try:
-                found |= self._ask(missing, prompts, sampling, seeds)
-            except RolloutError as error:
-                failure = str(error)
+            answered, failure = self._ask(missing, prompts, sampling, seeds)
+            found |= answered
             if not (rounds_left and self._died(failure)):
                 self._together(failure)
             if not any(self._parallel.gather([len(found) < len(prompts)])):
                 break
             if not rounds_left:
                 raise self._server.error(f"lost the policy's weights {_ROUNDS} times in one rollout; is it shared?")
-            self._start()
+            new = self._start()
             if self._parallel.is_main:
-                logger.warning("%s has other weights than it was given: it gets them again", self._server.name)
+                what = "was started again, as it had died" if new else "has other weights than it was given"
+                logger.warning("%s: the server %s: it gets them again", self._server.name, what)
             self._checked = False
             self._push()
         return self._experience(prompts, [found[i] for i in range(len(prompts))], sampling, keep_support)
@@ -124,14 +122,11 @@ class VLLM:
         """See to it that a server of the run's own is there; whether it is a new one, without the policy's weights."""
         if not self._own:
             return False
-        new, failure = self._process is not None and not self._process.runs, ""
-        if new and self._process is not None:
-            try:
-                self._process.start()
-            except RolloutError as error:
-                failure = str(error)
-        self._together(failure)
-        new = any(self._parallel.gather([new]))
+        new = self._process is not None and not self._process.runs
+        self._together(_failure_of(self._process.start) if self._process is not None else "")
+        new, self._server.url = self._parallel.gather([(new, self._process.url if self._process is not None else "")])[
+            0
+        ]
         self._checked &= not new
         return new
 
@@ -155,12 +150,10 @@ class VLLM:
                 write_tied_output(folder, *self._tied)
         else:
             name, folder = self._name, self._loaded
-        failure = ""
-        if self._parallel.is_main:
-            try:
-                self._hand_over(folder, name)
-            except RolloutError as error:
-                failure = str(error)
+        failure = _failure_of(self._hand_over, folder, name) if self._parallel.is_main else ""
+        if self._died(failure):
+            self._start()
+            failure = _failure_of(self._hand_over, folder, name) if self._parallel.is_main else ""
         self._together(failure)
         self._name, self._loaded, self._changed, self._checked = name, folder, False, True
 
@@ -184,18 +177,30 @@ class VLLM:
 
     def _ask(
         self, samples: list[int], prompts: list[list[int]], sampling: Sampling, seeds: list[int]
-    ) -> dict[int, "_Completion"]:
-        """The completions of some samples, but for those that came from other weights."""
+    ) -> tuple[dict[int, "_Completion"], str]:
+        """The completions of some samples, but for those that came from other weights; and why some did not come."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(sampling.batch_size, thread_name_prefix="vllm")
         futures = {i: self._threads.submit(self._complete, prompts[i], sampling, seeds[i]) for i in samples}
+        found: dict[int, _Completion] = {}
+        failure = ""
         try:
-            results = {i: future.result() for i, future in futures.items()}
-        except BaseException:
+            for i, future in futures.items():
+                try:
+                    completion = future.result()
+                except CancelledError:
+                    continue
+                except RolloutError as error:
+                    failure = failure or str(error)
+                    for each in futures.values():  # but for those that are under way
+                        each.cancel()
+                    continue
+                if completion is not None:
+                    found[i] = completion
+        finally:
             for future in futures.values():
                 future.cancel()
-            raise
-        return {i: completion for i, completion in results.items() if completion is not None}
+        return found, failure
 
     def _complete(self, prompt: list[int], sampling: Sampling, seed: int) -> "_Completion | None":
         """One completion; None if other weights than the policy's drew some of it."""
@@ -236,6 +241,15 @@ class VLLM:
             early = places < sampling.min_new_tokens
             experience.support = Support.without(sampling.stop_ids, early, self._vocabulary)
         return experience
+
+
+def _failure_of(act: Callable[..., None], *arguments: Any) -> str:
+    """What it raised as a `RolloutError`, or nothing."""
+    try:
+        act(*arguments)
+    except RolloutError as error:
+        return str(error)
+    return ""
 
 
 _Completion = tuple[list[int], list[float], bool]

@@ -36,27 +36,22 @@ class OwnServer:
     """The process and those that it starts, on this machine.
 
     Attributes:
-        url: its address, on the loopback.
+        url: its address, on the loopback, another one at each start.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        """Choose an address; nothing is started yet.
+        """Take the command; nothing is started yet.
 
         Args:
             command: that starts it, but for host and port.
             environment: of the process.
             log: file for what it prints.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = ""
         first = [sys.executable, "-I", "-c", _END_WITH_PARENT] if sys.platform.startswith("linux") else []
-        self._command = [*first, *command, "--host", "127.0.0.1", "--port", str(port)]
-        self._environment = environment
-        self._log = log.absolute()
+        self._command, self._environment, self._log = [*first, *command], environment, log.absolute()
+        self._said = 0  # bytes of the log that an earlier server has written
         self._process: subprocess.Popen[bytes] | None = None
-        atexit.register(self.stop)
 
     @property
     def runs(self) -> bool:
@@ -67,24 +62,33 @@ class OwnServer:
         """Start it unless it runs, and wait until it answers.
 
         Raises:
-            RolloutError: it ended by itself, or does not answer.
+            RolloutError: it cannot be started, ended by itself, or does not answer.
         """
         if self.runs:
             return
         self.stop()  # what is left of one that died
         logger.info("starting a vLLM server, which takes a minute or more; it prints into %s", self._log)
         started = time.perf_counter()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as out:
-            # A session of its own: the engine is a process of the server's, and Ctrl-C is for this process to handle.
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("ab") as out:
+                self._said = out.tell()
+                # A session of its own: the engine is a process of the server's, and Ctrl-C is for this one to handle.
+                self._process = subprocess.Popen(
+                    [*self._command, "--host", "127.0.0.1", "--port", str(port)],
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise self.error(f"the server cannot be started ({error})") from error
+        atexit.register(self.stop)
         while not self._answers():
             if not self.runs:
                 status = self._process.wait()
@@ -117,6 +121,7 @@ class OwnServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
+        atexit.unregister(self.stop)
 
     def error(self, what: str) -> RolloutError:
         """An error that names the flag, and the file with what the server said."""
@@ -129,8 +134,9 @@ class OwnServer:
             return False
 
     def _reason(self) -> str:
-        """The last line of its log that looks like an error, or the last one."""
-        lines = [line for line in self._log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        """The last line that it printed which looks like an error, or the last one."""
+        printed = self._log.read_bytes()[self._said :].decode("utf-8", "replace")
+        lines = [line for line in printed.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line]
         return " ".join([*lines[-1:], *errors[-1:]][-1].split())[-300:] if lines else "without a word"
 
@@ -166,7 +172,13 @@ def own_server(args: Any, base: Any, device: torch.device, rank: int | None, lon
         command += ["--trust-remote-code"]
     if rank is not None:
         command += ["--enable-lora", "--max-lora-rank", str(next((r for r in _RANKS if r >= rank), rank))]
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_LAUNCHERS and not name.startswith("TORCHELASTIC_")
+    }
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        environment.pop("OMP_NUM_THREADS", None)  # a launcher's, for processes that work at the same time
     if args.vllm_python is not None:
         environment.pop("PYTHONPATH", None)  # of another Python
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -185,7 +197,7 @@ def own_server(args: Any, base: Any, device: torch.device, rank: int | None, lon
 
 
 _OF_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"}
-_OF_LAUNCHERS |= {"ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+_OF_LAUNCHERS |= {"ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """A server that finds these takes itself for one of the run's processes."""
 
 
