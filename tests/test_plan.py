@@ -252,8 +252,8 @@ def test_a_server_of_the_runs_own_leaves_less_room(llama_policy, llama_reward, m
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     monkeypatch.setattr(estimate, "capacity", lambda device: Capacity(2**33, None))
     plan = make_plan(*settings(llama_policy, llama_reward, rollout_engine="vllm"), prompt=32)
-    assert plan.available == 2**33 - 3 * 2**30 - 3 * 2**29 - 4 * plan.roles["policy"].parameters
-    assert "the vLLM server that the run starts takes 4.5 GiB beside it" in plan.assumptions
+    assert plan.available == 2**33 - 3 * 2**30 - 2**31 - 4 * plan.roles["policy"].parameters
+    assert "the vLLM server that the run starts takes 5.0 GiB beside it" in plan.assumptions
     assert Capacity(5, 7).less(3) == Capacity(5, 4) and Capacity(5, None).less(9) == Capacity(0, None)
 
 

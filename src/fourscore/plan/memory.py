@@ -9,7 +9,7 @@ import torch
 
 KV_GIB = 1
 """Of a vLLM server's cache on a CPU, unless `VLLM_CPU_KVCACHE_SPACE` says otherwise."""
-_SERVER = 3 * 2**29
+_SERVER = 2**31
 """Bytes of such a server's processes without weights and cache."""
 
 _CGROUP = Path("/sys/fs/cgroup")
