@@ -67,9 +67,7 @@ def build_engine(
         Server(
             args.vllm_server_url or "",  # of its own known when it is started
             timeout=args.vllm_timeout,
-            retries=min(1, args.vllm_retries)
-            if own
-            else args.vllm_retries,  # what died is started again, not waited for
+            retries=min(1, args.vllm_retries) if own else args.vllm_retries,  # a dead one is started again
             concurrency=args.local_rollout_forward_batch_size,
             own=log if own else None,
         ),

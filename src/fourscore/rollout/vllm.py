@@ -122,11 +122,13 @@ class VLLM:
         """See to it that a server of the run's own is there; whether it is a new one, without the policy's weights."""
         if not self._own:
             return False
-        new = self._process is not None and not self._process.runs
-        self._together(_failure_of(self._process.start) if self._process is not None else "")
-        new, self._server.url = self._parallel.gather([(new, self._process.url if self._process is not None else "")])[
-            0
-        ]
+        new, url, failure = False, "", ""
+        if self._process is not None:
+            new = not self._process.runs
+            failure = _failure_of(self._process.start)
+            url = self._process.url
+        self._together(failure)
+        [(new, self._server.url), *_] = self._parallel.gather([(new, url)])
         self._checked &= not new
         return new
 

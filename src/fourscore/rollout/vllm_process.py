@@ -92,6 +92,7 @@ class OwnServer:
         while not self._answers():
             if not self.runs:
                 status = self._process.wait()
+                self.stop()  # what it has left
                 raise self.error(f"the server ended with status {status} as it started ({self._reason()})")
             if time.perf_counter() - started > _START_S:
                 self.stop()
