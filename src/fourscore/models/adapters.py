@@ -264,8 +264,12 @@ def is_lora(model: PeftModel) -> bool:
 
 def joint_rank(model: PeftModel) -> int:
     """The rank of the active adapters as one LoRA."""
-    configs = [cast(Any, model.peft_config[name]) for name in model.base_model.active_adapters]
-    return sum(max([c.r, *c.rank_pattern.values()]) for c in configs)
+    return sum(_rank(model.peft_config[name]) for name in model.base_model.active_adapters)
+
+
+def _rank(config: Any) -> int:
+    """The largest of a LoRA's matrices."""
+    return int(max([config.r, *config.rank_pattern.values()]))
 
 
 def write_combined_adapter(model: PeftModel, folder: Path) -> None:
@@ -297,7 +301,7 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
     own = dict(model.get_base_model().named_parameters(remove_duplicate=False))
     for name in set(getattr(model, _SAVED, ())) & own.keys():  # but for a head that trains by now
         whole.setdefault(f"base_model.model.{name}", own[name].detach().cpu().contiguous())
-    ranks = {name: max([config.r, *config.rank_pattern.values()]) for name, config in configs.items()}
+    ranks = {name: _rank(config) for name, config in configs.items()}
     joint = {key: _concatenated(key, parts, ranks) for key, parts in pieces.items()}
     config: Any = copy.deepcopy(configs[trained])
     config.r = config.lora_alpha = sum(ranks.values())

@@ -173,15 +173,7 @@ def own_server(args: Any, base: Any, device: torch.device, rank: int | None, lon
         command += ["--trust-remote-code"]
     if rank is not None:
         command += ["--enable-lora", "--max-lora-rank", str(next((r for r in _RANKS if r >= rank), rank))]
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _OF_LAUNCHERS and not name.startswith("TORCHELASTIC_")
-    }
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        environment.pop("OMP_NUM_THREADS", None)  # a launcher's, for processes that work at the same time
-    if args.vllm_python is not None:
-        environment.pop("PYTHONPATH", None)  # of another Python
+    environment = _environment(args.vllm_python)
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     if device.type == "cuda":
         command += ["--gpu-memory-utilization", str(args.vllm_gpu_memory_utilization)]
@@ -202,6 +194,20 @@ _OF_LAUNCHERS |= {"ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_
 """A server that finds these takes itself for one of the run's processes."""
 
 
+def _environment(python: str | None) -> dict[str, str]:
+    """That of this process, without what is not for a server of `--vllm_python`."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_LAUNCHERS and not name.startswith("TORCHELASTIC_")
+    }
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        environment.pop("OMP_NUM_THREADS", None)  # a launcher's, for processes that work at the same time
+    if python is not None:
+        environment.pop("PYTHONPATH", None)  # of another Python
+    return environment
+
+
 def why_none(python: str | None) -> str | None:
     """Why no server can be started, if so, with the way out.
 
@@ -212,7 +218,8 @@ def why_none(python: str | None) -> str | None:
     ways = "install vllm there, name another Python with --vllm_python, or a server with --vllm_server_url"
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        asked = subprocess.run([python or sys.executable, "-c", question], capture_output=True, check=False, timeout=60)
+        command, environment = [python or sys.executable, "-c", question], _environment(python)
+        asked = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{named}: is no Python that runs ({error}); {ways}"
     return f"{named}: {python or sys.executable} has no vLLM; {ways}" if asked.returncode else None
