@@ -11,14 +11,15 @@ Counted are floating-point operations of matrix products with the weights, 2 a w
 
 the useful work of a phase is
 
-    scoring   2 (N T + H C)  reference  +  2 (N T + d C)  value  +  2 (N T + d n)  reward
+    scoring   2 (N T + H C)  reference  +  2 (N T + d n)  reward
     update    epochs x f x ((N T + H C)  policy  +  (N T + d C)  value model)
               f = 6 in full fine-tuning: forward 2, gradient of the states 2, gradient of the weights 2
               f = 4 with adapters: weights that stand still need no gradient, and what adapters add is left out
     reading   2 (N P + H n), P the prompts' tokens: their keys and values, and the first token of each completion
     a step    2 (N + H) r, r the completions that go on: one more token of each
 
-The policy's logprobs are known from the rollout, so scoring needs no pass of it. The head runs where a completion token
+The policy's logprobs are known from the rollout, and values come out of the value model's first forward pass in the
+update, so scoring needs no pass of these two. The head runs where a completion token
 is chosen, not elsewhere. There is no credit for what is made twice (activation checkpointing, logits in chunks), and
 none for attention between tokens, norms, softmax or optimizers.
 
@@ -80,12 +81,9 @@ def forward_flops(sizes: Sizes, samples: Samples, outputs: int) -> float:
 
 
 def scoring_flops(sizes: Sizes, samples: Samples) -> float:
-    """Of three forward passes."""
-    completion = sum(samples.completion_lens)
-    reference = forward_flops(sizes, samples, sizes.head * completion)
-    value = forward_flops(sizes, samples, sizes.hidden * completion)
-    reward = forward_flops(sizes, samples, sizes.hidden * len(samples.prompt_lens))
-    return reference + value + reward
+    """Of two forward passes."""
+    reference = forward_flops(sizes, samples, sizes.head * sum(samples.completion_lens))
+    return reference + forward_flops(sizes, samples, sizes.hidden * len(samples.prompt_lens))
 
 
 def update_flops(sizes: Sizes, samples: Samples, epochs: int, training: str) -> float:
@@ -107,12 +105,12 @@ def whole_flops(sizes: Sizes, samples: Samples, epochs: int, training: str) -> f
     """Of the whole update and, unlike all else here, of attention, which grows with the square of lengths.
 
     A token attends to those before it: `2 d` operations a layer for a score, `2 d` for its part of the weighted sum. A
-    rollout has one forward pass, scoring three, training one of each model and epoch, whose backward is two more.
+    rollout has one forward pass, scoring two, training one of each model and epoch, whose backward is two more.
     """
     lens = [p + c for p, c in zip(samples.prompt_lens, samples.completion_lens, strict=True)]
     forward = 2.0 * sizes.layers * sizes.hidden * sum(length**2 for length in lens)
     with_weights = rollout_flops(sizes, samples) + scoring_flops(sizes, samples)
-    return with_weights + update_flops(sizes, samples, epochs, training) + forward * (1 + 3 + epochs * 2 * 3)
+    return with_weights + update_flops(sizes, samples, epochs, training) + forward * (1 + 2 + epochs * 2 * 3)
 
 
 def least_seconds(

@@ -165,9 +165,10 @@ def test_autocast_keeps_value_and_reward_model_apart(tmp_path: Path) -> None:
     assert (trainer.roles.replays_policy, trainer.roles.replays_value) == (1, 0)
 
 
-def test_metrics_are_those_of_a_run_that_shares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = trainer_on(config(tmp_path / "a", freeze_layers=1))
-    apart = trainer_on(config(tmp_path / "b", freeze_layers=1))
+@pytest.mark.parametrize("minibatches", [1, 2])  # the value model's pass of scoring is there in the second case only
+def test_metrics_are_those_of_a_run_that_shares_nothing(tmp_path: Path, minibatches: int) -> None:
+    shared = trainer_on(config(tmp_path / "a", freeze_layers=1, num_mini_batches=minibatches))
+    apart = trainer_on(config(tmp_path / "b", freeze_layers=1, num_mini_batches=minibatches))
     apart.roles.replays_policy = apart.roles.replays_value = 0
     ours, theirs = ({k: v for k, v in t.train().metrics.items() if "/" in k} for t in (shared, apart))
     clocks = ("time/", "memory/")

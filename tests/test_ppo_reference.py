@@ -21,11 +21,13 @@ import fourscore.ppo.roles as roles_module
 import fourscore.ppo.update as update_module
 import fourscore.rollout.transformers as rollout_module
 from fourscore.config import PPOConfig
+from fourscore.errors import RatioError
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter, reference
 from fourscore.parallel import Parallel
 from fourscore.ppo.advantages import gae, kl_estimate, length_adaptive_lambda, shaped_rewards, whiten
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.scoring import logprobs_of, values_of
+from fourscore.ppo.targets import Targets
 from fourscore.ppo.trainer import PPOTrainer
 from fourscore.ppo.update import UpdateSettings, update
 from fourscore.rewards.model import score
@@ -271,6 +273,82 @@ def test_pipeline_equals_the_reference(case: str, monkeypatch: pytest.MonkeyPatc
     assert metrics["policy/epochs"] == 2
     assert metrics["policy/first_ratio_mean"] < 1e-12 and metrics["policy/first_ratio_max"] < 1e-12
     assert_same_weights(ours, theirs, moved_from=start)
+
+
+def without_values(e: Experience) -> Experience:
+    return replace(e, values=None, advantages=None, returns=None)
+
+
+def targets_of(hyper: Hyper) -> Targets:
+    lam_value = hyper.lam if hyper.lam_value is None else hyper.lam_value
+    return Targets(hyper.gamma, hyper.lam, lam_value, hyper.lam_alpha, hyper.whiten_advantages)
+
+
+@pytest.mark.parametrize("way", ["an optimizer each", "one optimizer", "stop on ratio"])
+@pytest.mark.parametrize("case", [name for name, (_, minibatch, _) in CASES.items() if minibatch == 7])
+def test_values_out_of_the_first_step_equal_the_reference(case: str, way: str) -> None:
+    changes, _, microbatch = CASES[case]
+    hyper, start = replace(Hyper(), **changes), four_models()
+    ours, theirs = start.copy(), start.copy()
+    expected = run_reference(theirs, minibatch_order(7, 2, 7, seed=11), hyper)
+    e = without_values(score_and_shape(ours, samples(), hyper, batch_size=3))
+    optimizers = adamw_each(ours, hyper)
+    if way == "one optimizer":
+        both = nn.ParameterList([*ours.policy.parameters(), *ours.value_model.parameters()])
+        # The reference clips each by itself and steps them apart, which for AdamW is the same.
+        optimizers = {"policy": adamw(both, hyper)}
+    passes: list[str] = []
+    held: list[bool] = []
+    for role, model in (("policy", ours.policy), ("value", ours.value_model)):
+        model.register_forward_pre_hook(lambda *_, role=role: passes.append(role))
+    ours.policy.register_forward_pre_hook(
+        lambda *_: held.append(any(p.grad is not None for p in ours.value_model.parameters()))
+    )
+    metrics = update(
+        ours.policy,
+        ours.value_model,
+        e,
+        replace(settings(hyper, microbatch=microbatch), stop_on_ratio=way == "stop on ratio"),
+        optimizers,
+        ALONE,
+        torch.Generator().manual_seed(11),
+        nullcontext,
+        targets=targets_of(hyper),
+    )
+    assert_same_experience(e, expected)
+    for name in expected.steps[0]:
+        mean = sum(step[name] for step in expected.steps) / len(expected.steps)
+        assert metrics[name] == pytest.approx(mean, rel=1e-9, abs=1e-11), name
+    assert_same_weights(ours, theirs, moved_from=start)
+    # No pass is made for the values alone, and the gradients of one role are gone before the other's are made.
+    assert passes.count("value") == passes.count("policy") > 0
+    assert held[0] == (way != "an optimizer each")
+
+
+def test_nothing_has_moved_where_first_ratios_stop_the_run() -> None:
+    start = four_models()
+    ours = start.copy()
+    e = without_values(score_and_shape(ours, samples(), Hyper(), batch_size=3))
+
+    def stop(mean: float, largest: float) -> None:
+        raise RatioError("off")
+
+    with pytest.raises(RatioError):
+        update(
+            ours.policy,
+            ours.value_model,
+            e,
+            replace(settings(Hyper()), stop_on_ratio=True),
+            adamw_each(ours, Hyper()),
+            ALONE,
+            torch.Generator(),
+            nullcontext,
+            stop,
+            targets_of(Hyper()),
+        )
+    for role in ("policy", "value_model"):
+        for a, b in zip(getattr(ours, role).parameters(), getattr(start, role).parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["an optimizer each", "one optimizer"])

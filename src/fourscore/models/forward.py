@@ -204,7 +204,10 @@ def _completion_states(
         states = seen[0][1]
         if torch.is_grad_enabled() and not states.requires_grad:
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
-        size = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
+        most = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
+        size = -(
+            -len(states) // -(-len(states) // most)
+        )  # as even as can be: a chunk of few rows takes as long as more
         head = base.get_output_embeddings()
         # Backward through a sharded head is for FSDP2 to begin.
         at_once = states.requires_grad and not (sharded or output.logits.requires_grad or entropy_trains)

@@ -23,7 +23,8 @@ from fourscore.ppo.experience import Experience
 from fourscore.ppo.optim import build_optimizer
 from fourscore.ppo.roles import Roles, prepare_roles
 from fourscore.ppo.scoring import fill_in, scores_of
-from fourscore.ppo.update import UpdateSettings, update
+from fourscore.ppo.targets import Targets
+from fourscore.ppo.update import UpdateSettings, makes_values, update
 from fourscore.rewards.text_model import longest_input, text_scores
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate
@@ -160,7 +161,7 @@ def _scoring(roles: Roles, e: Experience, args: PPOConfig, sizes: Sizes, trace: 
     handles = [without_peft(model).register_forward_pre_hook(_entering(trace, part)) for part, model in parts.items()]
     try:
         with trace:
-            scores = fill_in(roles, e, args.temperature, sizes.rollout_batch)
+            scores = fill_in(roles, e, args.temperature, sizes.rollout_batch, values=not makes_values(roles, args))
             if scores is None and roles.reads_text:
                 limit = longest_input(roles.reward_model, None)
                 texts = [{"input_ids": sample.tolist()[:limit]} for sample in e.samples()]
@@ -185,8 +186,10 @@ def _update(
     microbatches = 2 if sizes.minibatch > sizes.microbatch else 1
     experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes, support, fake)
     tokens = int(experience.completion_lens.sum())
-    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+    for name in ("logprobs", "ref_logprobs", "values"):
         setattr(experience, name, torch.zeros(tokens))
+    if makes_values(roles, args):
+        experience.values = None
     experience.scores = torch.zeros(len(experience))
     settings = replace(
         UpdateSettings.of(args),
@@ -216,11 +219,22 @@ def _update(
                 Parallel(torch.device("cpu"), 0, 1, False),
                 generator,
                 roles.autocast,
+                targets=_Zeros.of(args),
             )
     finally:
         for handle in handles:
             handle.remove()
     return {part: peak for part, peak in trace.peaks.items() if part}
+
+
+class _Zeros(Targets):
+    """Numbers without data make no others."""
+
+    def returns(self, experience: Experience) -> torch.Tensor:
+        return torch.zeros(int(experience.completion_lens.sum()))
+
+    def fill_in(self, experience: Experience, reduce: Any) -> None:
+        experience.advantages = experience.returns = self.returns(experience)
 
 
 def _entering(trace: Trace, part: str) -> Any:

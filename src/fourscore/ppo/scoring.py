@@ -25,7 +25,9 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 @torch.no_grad()
-def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size: int) -> Tensor | None:
+def fill_in(
+    roles: Roles, experience: Experience, temperature: float, batch_size: int, *, values: bool = True
+) -> Tensor | None:
     """Fill in logprobs, reference logprobs and values; what two roles have in common is computed once for both.
 
     Logprobs that the rollout brought stay, and the policy makes no pass where it would give nothing else.
@@ -35,6 +37,7 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
         experience: samples; filled in.
         temperature: the rollout's.
         batch_size: samples of the greatest length a forward pass; more where they are short.
+        values: False leaves out the pass of the value model, if it is one of its own.
 
     Returns:
         scores `[n]`, fp32, if the reward model shares the value model's forward pass; else None.
@@ -55,11 +58,11 @@ def fill_in(roles: Roles, experience: Experience, temperature: float, batch_size
     if e.ref_logprobs is None:
         with roles.as_reference() as reference:
             e.ref_logprobs = logprobs_of(reference, e, temperature, batch_size, roles.autocast)
-    if roles.replays_value:
+    if values and roles.replays_value:
         shared = roles.replays_value
         e.values, scores = values_and_scores_of(roles.value_model, roles.reward_model, e, batch_size, shared)
         return scores
-    if e.values is None:
+    if values and e.values is None:
         e.values = values_of(roles.value_model, e, batch_size, roles.autocast)
     return None
 

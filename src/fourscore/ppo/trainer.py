@@ -31,8 +31,8 @@ from fourscore.ppo.objective import mismatch_metrics, objective_metrics, value_m
 from fourscore.ppo.optim import optimization, step_schedules
 from fourscore.ppo.roles import prepare_roles
 from fourscore.ppo.scoring import fill_in, kl_of_samples
-from fourscore.ppo.targets import fill_in_targets
-from fourscore.ppo.update import UpdateSettings, update
+from fourscore.ppo.targets import Targets, fill_in_rewards
+from fourscore.ppo.update import UpdateSettings, makes_values, update
 from fourscore.rewards.build import build_scorer
 from fourscore.rewards.samples import Reward, Samples
 from fourscore.rewards.scorer import Rated
@@ -255,7 +255,7 @@ class PPOTrainer:
             self._end_phase()
             clock.lap("time/scoring_s")
             value_only = state.global_step < args.value_warmup_updates
-            fill_in_targets(experience, args, state.kl_coef, value_only, parallel.sum)
+            fill_in_rewards(experience, args, state.kl_coef, parallel.sum)
             with self._resumable(before), watch("update"):
                 metrics = self._update(experience, value_only)
             self._end_phase()
@@ -312,9 +312,9 @@ class PPOTrainer:
         Returns:
             metrics of the rewards.
         """
-        model_scores = fill_in(
-            self.roles, experience, self.args.temperature, self.args.local_rollout_forward_batch_size
-        )
+        args, size = self.args, self.args.local_rollout_forward_batch_size
+        values = not makes_values(self.roles, args)
+        model_scores = fill_in(self.roles, experience, args.temperature, size, values=values)
         rated = self._rated(experience, self.train_dataset, indices, model_scores)
         experience.scores, metrics = self.scorer.shape(rated, experience)
         experience.token_rewards = rated.token_rewards
@@ -350,6 +350,7 @@ class PPOTrainer:
             generator,
             self.roles.autocast,
             self._check_ratio,
+            Targets.of(args, value_only=value_only),
         )
         if not value_only:
             self.engine.weights_changed()

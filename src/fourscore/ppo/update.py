@@ -15,12 +15,15 @@ from fourscore.models.forward import (
     completion_logprobs_and_values,
     completion_values,
     rectangle,
+    scatter_back,
     score_head,
 )
 from fourscore.models.trunk import shares_trunk
 from fourscore.parallel import Parallel, clip_gradients, forward_passes
 from fourscore.ppo.experience import Experience
 from fourscore.ppo.losses import kl_loss, policy_loss, token_weights, value_loss
+from fourscore.ppo.roles import Roles
+from fourscore.ppo.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class UpdateSettings:
     positive_lm_threshold: float = 0.0
     loss_aggregation: Literal["token", "sequence"] = "token"
     early_stop_kl: float | None = None
+    stop_on_ratio: bool = False
     value_only: bool = False
 
     @classmethod
@@ -82,6 +86,7 @@ class UpdateSettings:
             positive_lm_threshold=args.positive_lm_threshold,
             loss_aggregation=args.loss_aggregation,
             early_stop_kl=args.early_stop_kl,
+            stop_on_ratio=args.stop_on_ratio,
             value_only=value_only,
         )
 
@@ -109,6 +114,20 @@ Backward = Callable[[Experience, _Totals, float], Sums]
 _RATIO_MEAN, _RATIO_MAX = "policy/first_ratio_mean", "policy/first_ratio_max"
 
 
+def makes_values(roles: Roles, args: Any) -> bool:
+    """Whether `update` is to fill in the values, and scoring is not.
+
+    The value model's first step goes forward over its minibatch with the weights that values are made with. Where that
+    minibatch is the whole batch, one pass gives both: a sample's returns depend on its own values alone. A head on the
+    policy's backbone has no pass of its own.
+
+    Args:
+        roles: the four models.
+        args: `PPOConfig`.
+    """
+    return args.num_mini_batches == 1 and roles.value_head is None
+
+
 def update(
     policy: nn.Module,
     value_model: nn.Module,
@@ -119,8 +138,9 @@ def update(
     generator: torch.Generator,
     autocast: Autocast,
     check_ratio: CheckRatio | None = None,
+    targets: Targets | None = None,
 ) -> dict[str, float]:
-    """Train policy and value model on a batch whose advantages are filled in.
+    """Train policy and value model on a scored batch.
 
     Losses are weighted sums over tokens, the weights of a minibatch being shares of its tokens (or samples) on all
     processes, so they do not depend on how samples fall into microbatches or onto processes.
@@ -129,19 +149,24 @@ def update(
     gradients of the two are never held together. Where the value model is a head on the policy's backbone, both losses
     go through one forward and one backward pass instead.
 
+    A batch that has no values yet (`makes_values`) gets them from the value model's first step, which then comes before
+    the policy's; advantages follow. With `stop_on_ratio` it is the gradients only that come before, and the step keeps
+    its turn, so that nothing has moved where `check_ratio` raises.
+
     With `early_stop_kl`, a minibatch whose `policy/approxkl_avg` is above it is the policy's last one in this update:
     it makes no step with it any more. The value model goes on to the end, unless it shares the policy's passes.
 
     Args:
         policy: causal LM.
         value_model: sequence classifier with one label, of its own or on the policy's backbone.
-        experience: this process's samples, complete.
+        experience: this process's samples, scored; without `targets` also with advantages and returns.
         settings: sizes and coefficients.
         optimizers: that of `policy` and that of `value`; without the latter one steps for both, on gradients of both.
         parallel: the processes.
         generator: CPU generator that shuffles the samples of each epoch.
         autocast: makes the context of the forward passes.
-        check_ratio: called before the first step, on every process with the same numbers; may raise.
+        check_ratio: called before the policy's first step, on every process with the same numbers; may raise.
+        targets: how advantages and returns are made.
 
     Returns:
         metrics under TRL's names, each a mean over completion tokens for a minibatch, then over the minibatches that
@@ -168,31 +193,54 @@ def update(
     tables = {names[0]: _Table() for _, names in passes}
     norms: dict[str, list[Tensor]] = {"policy": [], "value": []}
     metrics: dict[str, float] = {}
+
+    def note(names: list[str], sums: Sums, tokens: int) -> None:
+        tables[names[0]].append(list(sums), parallel.sum(torch.stack(list(sums.values()))) / tokens)
+
+    def step(names: list[str]) -> None:
+        for name in names:
+            parallel.reduce_gradients(trained[name])
+            norms[name].append(clip_gradients(trained[name], limits[name]))
+        if "value" in optimizers:
+            _step([optimizers[name] for name in names])
+
+    value_is_ahead = experience.values is None
+    if value_is_ahead:
+        assert targets is not None
+        totals = _totals(experience, settings, parallel)
+        scale = parallel.loss_scale / totals.tokens
+        sums = _fill_in_values(value_model, experience, settings, autocast, targets, totals, scale)
+        note(["value"], sums, totals.tokens)
+        if not settings.stop_on_ratio:
+            step(["value"])
+    if targets is not None:
+        targets.fill_in(experience, parallel.sum)
     for indices in _minibatches(len(experience), settings, generator):
         minibatch = experience.select(indices.to(experience.input_ids.device))
         totals = _totals(minibatch, settings, parallel)
         # The value model, if it has passes of its own, is sharded where the policy is.
         groups = forward_passes(policy, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
-        for step in list(passes):
-            backward, names = step
+        for one in list(passes):
+            backward, names = one
+            if value_is_ahead and names == ["value"]:
+                if settings.stop_on_ratio:
+                    step(names)
+                continue
             sums = _accumulate(backward, minibatch, groups, totals, parallel.loss_scale / totals.tokens)
             largest, table = sums.pop(_RATIO_MAX, None), tables[names[0]]
-            table.append(list(sums), parallel.sum(torch.stack(list(sums.values()))) / totals.tokens)
+            note(names, sums, totals.tokens)
             if largest is not None and _RATIO_MAX not in metrics:  # the first minibatch
                 metrics[_RATIO_MEAN] = table.column(_RATIO_MEAN)[0].item()
                 metrics[_RATIO_MAX] = parallel.max(largest.item())
                 if check_ratio is not None:
                     check_ratio(metrics[_RATIO_MEAN], metrics[_RATIO_MAX])
             if "policy" in names and _too_far(table, settings):
-                passes.remove(step)
+                passes.remove(one)
                 for parameter in (p for name in names for p in trained[name]):
                     parameter.grad = None
                 continue
-            for name in names:
-                parallel.reduce_gradients(trained[name])
-                norms[name].append(clip_gradients(trained[name], limits[name]))
-            if "value" in optimizers:
-                _step([optimizers[name] for name in names])
+            step(names)
+        value_is_ahead = False
         if not passes:
             break
         if "value" not in optimizers:
@@ -256,6 +304,32 @@ def _accumulate(backward: Backward, minibatch: Experience, groups: list[Tensor],
     return {name: each.max() if name == _RATIO_MAX else each.sum(0) for name, each in stacked.items()}
 
 
+def _fill_in_values(
+    value_model: nn.Module,
+    experience: Experience,
+    settings: UpdateSettings,
+    autocast: Autocast,
+    targets: Targets,
+    totals: _Totals,
+    scale: float,
+) -> Sums:
+    """Fill in the values, and leave the gradients of the value loss on all of the batch; sums over its tokens."""
+    found: list[Tensor] = []
+
+    def backward(micro: Experience, totals: _Totals, scale: float) -> Sums:
+        with autocast():
+            values = completion_values(value_model, _rectangle(micro))
+        micro.values = values.detach()
+        micro.returns = targets.returns(micro)
+        found.append(micro.values)
+        return _value_loss_backward(values, micro, settings, scale)
+
+    groups = forward_passes(value_model, experience.lens, settings.microbatch, settings.microbatch_tokens)
+    sums = _accumulate(backward, experience, groups, totals, scale)
+    experience.values = scatter_back(found, groups, experience.completion_lens)
+    return sums
+
+
 def _step(optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.step()
@@ -286,6 +360,16 @@ def _value_backward(
     """`only`: what gets gradients, if not all that trains."""
     with autocast():
         values = completion_values(value_model, _rectangle(micro))
+    return _value_loss_backward(values, micro, settings, scale, only)
+
+
+def _value_loss_backward(
+    values: Tensor,
+    micro: Experience,
+    settings: UpdateSettings,
+    scale: float,
+    only: list[nn.Parameter] | None = None,
+) -> Sums:
     loss, sums = _value_terms(values, micro, settings)
     (settings.vf_coef * loss * scale).backward(inputs=only)
     return sums

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fourscore.models.forward import without_peft
+from fourscore.models.forward import microbatches, without_peft
 from fourscore.models.support import Support
 from fourscore.rollout.sampling import Completed, Sampling, draw, has_ended, restrict_
-
-_LIKE_LENGTHS = 0.5
-"""Prompts of at least this share of the longest one are read together with it."""
 
 
 def can_decode(policy: nn.Module) -> bool:
@@ -115,7 +112,9 @@ class _Rows:
             rows_of.setdefault(tuple(prompt), []).append(row)
         logits: list[Tensor] = []
         order: list[int] = []
-        for group in _like_lengths(list(rows_of)):
+        distinct = list(rows_of)
+        for indices in microbatches(torch.tensor([len(p) for p in distinct], device=device), len(distinct)):
+            group = [distinct[i] for i in indices.tolist()]
             longest = len(group[0])
             ids = torch.zeros(len(group), longest, dtype=torch.long, device=device)
             mask = torch.zeros_like(ids)
@@ -200,13 +199,3 @@ class _Layer(DynamicLayer):
         """Copy a row over another one."""
         for states in (self.keys, self.values):
             states[to, :, : self._places.filled] = states[place, :, : self._places.filled]
-
-
-def _like_lengths(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Prompts, longest first, cut where they get much shorter than the first one of a piece."""
-    pieces: list[list[tuple[int, ...]]] = []
-    for prompt in prompts:
-        if not pieces or len(prompt) < _LIKE_LENGTHS * len(pieces[-1][0]):
-            pieces.append([])
-        pieces[-1].append(prompt)
-    return pieces
