@@ -277,7 +277,9 @@ def test_gradients_of_logprobs_and_entropies_in_float64(
 
     def chunked(inputs: Tensor) -> tuple[Tensor, Tensor]:
         size = forward_module.CHUNK_BYTES // (4 * 11)
-        return forward_module._ChunkedLogprobs.apply(inputs, targets, support, 0.7, size, head, head, False)
+        return forward_module._ChunkedLogprobs.apply(
+            inputs, targets, support, 0.7, size, lambda states: head(states[None]), head, False
+        )
 
     assert_close(gradients(chunked), gradients(whole), rtol=1e-12, atol=1e-14)
 

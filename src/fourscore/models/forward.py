@@ -196,9 +196,9 @@ def _completion_states(
         return narrowed
 
     def logits_of(states: Tensor) -> Tensor:
-        """What the model's forward makes of `[c, d]` last hidden states: `[c, vocabulary]`."""
+        """What the model's forward makes of `[c, d]` last hidden states: `[1, c, vocabulary]`."""
         with forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
-            return type(base).forward(base, input_ids=batch.input_ids, use_cache=False).logits[0]
+            return type(base).forward(base, input_ids=batch.input_ids, use_cache=False).logits
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = seen[0][1]
@@ -261,7 +261,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logits = logits_of(some)
             # The edge leads back through the head without keeping the logits themselves.
             edge, dtype = get_gradient_edge(logits) if at_once else None, logits.dtype
-            logits = _scaled(logits.detach(), temperature, within)
+            logits = _scaled(logits.detach()[0], temperature, within)
             logits -= logits.amax(1, keepdim=True)
             chosen_logit = logits.gather(1, chosen[:, None]).squeeze(1)
             weights = logits.exp()
@@ -272,7 +272,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropies.append(total.log() - logits.mul_(weights).sum(1) / total)
             if edge is not None:
                 slope = _logprob_slope_(weights, total, chosen, total.new_full(total.shape, 1 / temperature))
-                slopes += torch.autograd.grad(edge, some, slope.to(dtype))
+                slopes += torch.autograd.grad(edge, some, slope[None].to(dtype))
         ctx.at_once = at_once
         ctx.save_for_backward(*([torch.cat(slopes)] if at_once else [states, targets]))
         ctx.set_materialize_grads(False)
@@ -295,14 +295,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
-            slope = _scaled(logits.detach(), ctx.temperature, within)
+            slope = _scaled(logits.detach()[0], ctx.temperature, within)
             slope -= slope.amax(1, keepdim=True)
             bonus = None if entropy_grads is None else _entropy_slope(slope, entropy_grads / ctx.temperature)
             slope.exp_()
             slope = _logprob_slope_(slope, slope.sum(1), chosen, grads / ctx.temperature)
             if bonus is not None:
                 slope += bonus
-            logits.backward(slope.to(logits.dtype))
+            logits.backward(slope[None].to(logits.dtype))
             pieces.append(some.grad)
         return torch.cat(pieces), *[None] * 7
 
