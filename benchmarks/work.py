@@ -19,9 +19,9 @@ the useful work of a phase is
     a step    2 (N + H) r, r the completions that go on: one more token of each
 
 The policy's logprobs are known from the rollout, and values come out of the value model's first forward pass in the
-update, so scoring needs no pass of these two. The head runs where a completion token
-is chosen, not elsewhere. There is no credit for what is made twice (activation checkpointing, logits in chunks), and
-none for attention between tokens, norms, softmax or optimizers.
+update, so scoring needs no pass of these two. The head runs where a completion token is chosen, not elsewhere. There is
+no credit for what is made twice (activation checkpointing, logits in chunks), and none for attention between tokens,
+norms, softmax or optimizers.
 
 The least seconds are that work by the peak of matrix products; for reading and for each step, which read all weights
 once, the weights' bytes by the memory's bandwidth if that is more.

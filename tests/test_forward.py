@@ -186,6 +186,16 @@ def test_head_sees_completion_states_only(policy: Any) -> None:
     assert policy(input_ids=SAMPLES[0][None]).logits.shape == (1, 6, len(TOKENIZER))
 
 
+def test_no_chunk_is_left_with_few_rows(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_module, "CHUNK_BYTES", 4 * len(TOKENIZER) * 13)
+    rows: list[int] = []
+    handle = policy.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    with torch.no_grad():
+        completion_logprobs(policy, rectangle(SAMPLES, PROMPT_LENS), 1.0)
+    handle.remove()
+    assert rows[1:] == [7, 7]  # of 14, and not 13 and 1
+
+
 @pytest.mark.parametrize("positions", [1, 4, 5])
 def test_chunks_change_neither_numbers_nor_gradients(
     policy: Any, positions: int, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ Causal attention never looks right, so right padding needs neither a mask nor po
 tokens sit at positions 0, 1, ... whatever follows them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,9 +206,8 @@ def _completion_states(
         if torch.is_grad_enabled() and not states.requires_grad:
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
         most = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
-        size = -(
-            -len(states) // -(-len(states) // most)
-        )  # as even as can be: a chunk of few rows takes as long as more
+        # Evened out: a last chunk of few rows would read all of the head, too.
+        size = math.ceil(len(states) / math.ceil(len(states) / most))
         head = base.get_output_embeddings()
         # Backward through a sharded head is for FSDP2 to begin.
         at_once = states.requires_grad and not (sharded or output.logits.requires_grad or entropy_trains)

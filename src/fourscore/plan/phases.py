@@ -186,10 +186,8 @@ def _update(
     microbatches = 2 if sizes.minibatch > sizes.microbatch else 1
     experience = _samples(min(sizes.minibatch, microbatches * sizes.microbatch), sizes, support, fake)
     tokens = int(experience.completion_lens.sum())
-    for name in ("logprobs", "ref_logprobs", "values"):
+    for name in ("logprobs", "ref_logprobs", *(() if makes_values(roles, args) else ("values",))):
         setattr(experience, name, torch.zeros(tokens))
-    if makes_values(roles, args):
-        experience.values = None
     experience.scores = torch.zeros(len(experience))
     settings = replace(
         UpdateSettings.of(args),
