@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fourscore.errors import FourscoreError
 from fourscore.models.forward import microbatches, without_peft
+from fourscore.models.unpadded import can_unpad
 
 
 @dataclass
@@ -157,7 +158,9 @@ class Parallel:
 
 
 def forward_passes(model: nn.Module, lens: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
-    """`microbatches`, as many on every process where the model is sharded: a pass gathers weights from all of them.
+    """`microbatches` for a model, without padding where it needs none.
+
+    They are as many on every process where the model is sharded: a pass gathers weights from all of them.
 
     Args:
         model: that the passes are of.
@@ -165,7 +168,7 @@ def forward_passes(model: nn.Module, lens: Tensor, size: int, tokens: int | None
         size: see `microbatches`.
         tokens: see `microbatches`.
     """
-    groups = microbatches(lens, size, tokens)
+    groups = microbatches(lens, size, tokens, padded=not can_unpad(model, int(lens.max())))
     if isinstance(next(model.parameters()), DTensor):
         counts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counts, len(groups))

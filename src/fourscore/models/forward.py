@@ -2,13 +2,13 @@
 
 Models want rectangles, so samples are padded on the right here, at the door, and what comes back is flat again.
 Causal attention never looks right, so right padding needs neither a mask nor position ids and cannot leak: real
-tokens sit at positions 0, 1, ... whatever follows them.
+tokens sit at positions 0, 1, ... whatever follows them. Where a model allows it, padding is for its attention only.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
 from fourscore.models.support import Support
+from fourscore.models.unpadded import Layout, attention_within, can_unpad
 
 CHUNK_BYTES = 2**24
 """Logits are made so many bytes at a time, in fp32."""
@@ -30,24 +31,36 @@ CHUNK_BYTES = 2**24
 _PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
 
-_NEVER = 2**60
+_EVENLY = 0.01
+"""Of its tokens, what a full pass without padding costs more than tokens of smaller ones: the least memory is even."""
 
 
 @dataclass
-class Rectangle:
-    """Samples as a right-padded rectangle.
+class Padded:
+    """Samples as a right-padded rectangle, and the places that something is wanted of.
 
     Attributes:
         input_ids: `[n, L]`; behind the end of a sample stands 0, which every vocabulary has.
-        rows: `[C]` row of each completion token's state, samples in order.
-        columns: `[C]` column of the state in which that token was chosen: the position before it.
+        lens: `[n]` tokens.
+        rows: `[C]` of the places.
+        columns: `[C]` of the places.
+    """
+
+    input_ids: Tensor
+    lens: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass
+class Rectangle(Padded):
+    """A place for each completion token, samples in order: where the state is in which it was chosen, right before it.
+
+    Attributes:
         targets: `[C]` the completion tokens.
         support: of the `C` targets, where they were not drawn from the whole vocabulary.
     """
 
-    input_ids: Tensor
-    rows: Tensor
-    columns: Tensor
     targets: Tensor
     support: Support | None = None
 
@@ -66,19 +79,21 @@ def rectangle(samples: list[Tensor], prompt_lens: Tensor, support: Support | Non
     at = torch.arange(ids.shape[1], device=device)
     chosen = (at >= prompt_lens[:, None]) & (at < lens[:, None])
     rows, columns = chosen.nonzero(as_tuple=True)
-    return Rectangle(ids, rows, columns - 1, ids[rows, columns], support)
+    return Rectangle(ids, lens, rows, columns - 1, ids[rows, columns], support)
 
 
-def microbatches(lens: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
+def microbatches(lens: Tensor, size: int, tokens: int | None = None, *, padded: bool = True) -> list[Tensor]:
     """Indices of samples in groups, one forward pass each: sorted by length, and cut where that costs least.
 
     What is padded costs as much as what is not, and each pass costs as much as some tokens more. No group takes more
-    memory than `size` samples of the greatest length, so there may be more of them where they are short.
+    memory than `size` samples of the greatest length, so there may be more of them where they are short. Without
+    padding groups are about even.
 
     Args:
         lens: `[n]` tokens.
         size: samples of the greatest length a group.
         tokens: most tokens a group instead, those that are padded included; one sample may have more.
+        padded: to the longest of a group.
 
     Returns:
         index tensors that together hold 0 .. n-1 once each, the longest sample first.
@@ -86,12 +101,15 @@ def microbatches(lens: Tensor, size: int, tokens: int | None = None) -> list[Ten
     order = torch.argsort(lens, descending=True, stable=True)
     longest_first = lens[order].numpy(force=True)
     limit = size * longest_first[0] if tokens is None else tokens
+    before = np.concatenate([[0], longest_first.cumsum()])
     # The least cost of the first j samples, and where their last group begins.
     least, begins = np.zeros(len(lens) + 1), np.zeros(len(lens) + 1, dtype=int)
     for j in range(1, len(lens) + 1):
-        padded = longest_first[:j] * np.arange(j, 0, -1)  # of a group from i to j
-        padded[:-1][padded[:-1] > limit] = _NEVER
-        costs = least[:j] + padded + _PASS_TOKENS.get(lens.device.type, _PASS_TOKENS["cuda"])
+        # Of a group from i to j.
+        cells = longest_first[:j] * np.arange(j, 0, -1) if padded else before[j] - before[:j]
+        cost = cells if padded else cells + _EVENLY * cells**2 / limit
+        cost = np.where((cells > limit) & (np.arange(j) < j - 1), np.inf, cost)
+        costs = least[:j] + cost + _PASS_TOKENS.get(lens.device.type, _PASS_TOKENS["cuda"])
         begins[j] = costs.argmin()
         least[j] = costs[begins[j]]
     ends = [len(lens)]
@@ -173,6 +191,26 @@ def completion_logprobs_and_values(
     return logprobs, entropy, _linear_in_fp32(head, states)[:, 0]
 
 
+@contextmanager
+def _fed(model: nn.Module, batch: Padded) -> Iterator[tuple[Padded, dict[str, Tensor]]]:
+    """The batch as a model is to see it in this context, padded or in one row, and the arguments of its forward."""
+    n, width = batch.input_ids.shape
+    if not batch.lens.ne(width).any() or not can_unpad(model, width):
+        yield batch, {"input_ids": batch.input_ids}
+        return
+    at = torch.arange(width, device=batch.lens.device).expand(n, width)
+    real = at < batch.lens[:, None]
+    starts = batch.lens.cumsum(0) - batch.lens
+    one_row = replace(
+        batch,
+        input_ids=batch.input_ids[real][None],
+        rows=torch.zeros_like(batch.rows),
+        columns=starts[batch.rows] + batch.columns,
+    )
+    with attention_within(model, Layout.of(batch.lens, microbatches(batch.lens, n))):
+        yield one_row, {"input_ids": one_row.input_ids, "position_ids": at[real][None]}
+
+
 def _completion_states(
     model: nn.Module, batch: Rectangle, temperature: float, entropy_trains: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,13 +231,13 @@ def _completion_states(
         states = output[0]
         # Without a graph of their own, so that what the head makes of them tells whether it trains.
         narrowed = _with_states(output, states[:0] if sharded else states[:0].detach())
-        seen.append((narrowed, states[batch.rows, batch.columns]))
+        seen.append((narrowed, states[fed.rows, fed.columns]))
         return narrowed
 
     def logits_of(states: Tensor) -> Tensor:
         """What the model's forward makes of `[c, d]` last hidden states: `[1, c, vocabulary]`."""
         with forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
-            return type(base).forward(base, input_ids=batch.input_ids, use_cache=False).logits
+            return type(base).forward(base, input_ids=fed.input_ids, use_cache=False).logits
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = seen[0][1]
@@ -223,8 +261,8 @@ def _completion_states(
     # in hooks of its own, so ours run before those.
     below = trunk.register_forward_hook(narrow, prepend=True)
     above = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(below), _hook(above):
-        logprobs = model(input_ids=batch.input_ids, use_cache=False).logits
+    with _hook(below), _hook(above), _fed(model, batch) as (fed, inputs):
+        logprobs = model(**inputs, use_cache=False).logits
     return logprobs, entropies[0], seen[0][1]
 
 
@@ -381,7 +419,7 @@ def completion_values(model: nn.Module, batch: Rectangle) -> Tensor:
     Returns:
         `[C]`, fp32.
     """
-    return _head_outputs(model, batch.input_ids, batch.rows, batch.columns)
+    return _head_outputs(model, batch)
 
 
 def sample_scores(model: nn.Module, samples: list[Tensor]) -> Tensor:
@@ -405,8 +443,8 @@ def sample_scores(model: nn.Module, samples: list[Tensor]) -> Tensor:
         at = real.nonzero()
         columns.append(int(at[-1]) if len(at) else 0)
     ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=0)
-    rows = torch.arange(len(samples), device=device)
-    return _head_outputs(model, ids, rows, torch.tensor(columns, device=device))
+    lens, ends = (torch.tensor(each, device=device) for each in ([len(s) for s in samples], columns))
+    return _head_outputs(model, Padded(ids, lens, torch.arange(len(samples), device=device), ends))
 
 
 def without_peft(model: Any) -> Any:
@@ -440,8 +478,8 @@ def _linear_in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
         return F.linear(states.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
 
 
-def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The score head's output at chosen positions, in fp32 whatever autocast says; `[len(rows)]`."""
+def _head_outputs(model: nn.Module, batch: Padded) -> Tensor:
+    """The score head's output at the batch's places, in fp32 whatever autocast says; `[C]`."""
     found: list[Tensor] = []
 
     def in_fp32(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -449,7 +487,7 @@ def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) 
         return found[0]
 
     def hand_over(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
-        output.logits = found[0][rows, columns, 0]
+        output.logits = found[0][fed.rows, fed.columns, 0]
         return output
 
     base = without_peft(model)
@@ -457,8 +495,8 @@ def _head_outputs(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) 
     # in hooks of its own, so ours run before those.
     widened = score_head(model).register_forward_hook(in_fp32, prepend=True)
     returned = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(widened), _hook(returned), _pools_anything(model):
-        return model(input_ids=ids, use_cache=False).logits
+    with _hook(widened), _hook(returned), _pools_anything(model), _fed(model, batch) as (fed, inputs):
+        return model(**inputs, use_cache=False).logits
 
 
 @contextmanager

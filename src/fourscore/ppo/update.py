@@ -218,14 +218,14 @@ def update(
     for indices in _minibatches(len(experience), settings, generator):
         minibatch = experience.select(indices.to(experience.input_ids.device))
         totals = _totals(minibatch, settings, parallel)
-        # The value model, if it has passes of its own, is sharded where the policy is.
-        groups = forward_passes(policy, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
         for one in list(passes):
             backward, names = one
             if value_is_ahead and names == ["value"]:
                 if settings.stop_on_ratio:
                     step(names)
                 continue
+            model = policy if "policy" in names else value_model
+            groups = forward_passes(model, minibatch.lens, settings.microbatch, settings.microbatch_tokens)
             sums = _accumulate(backward, minibatch, groups, totals, parallel.loss_scale / totals.tokens)
             largest, table = sums.pop(_RATIO_MAX, None), tables[names[0]]
             note(names, sums, totals.tokens)
