@@ -240,7 +240,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "more of them fit where they are short.",
         ),
         "tokens_per_microbatch": _changed(
-            "Most tokens in a forward and backward pass, padding included.",
+            "Most tokens in a forward and backward pass, padding included where there is any.",
             "Not in TRL. Default: per_device_train_batch_size times the longest sample of the minibatch; on a CPU "
             "fourscore ppo takes 1024 where that is less and its plan has room: fewer passes, more memory.",
         ),

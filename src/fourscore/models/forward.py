@@ -92,7 +92,7 @@ def microbatches(lens: Tensor, size: int, tokens: int | None = None, *, padded: 
     Args:
         lens: `[n]` tokens.
         size: samples of the greatest length a group.
-        tokens: most tokens a group instead, those that are padded included; one sample may have more.
+        tokens: most tokens a group instead, padding included; one sample may have more.
         padded: to the longest of a group.
 
     Returns:

@@ -249,16 +249,21 @@ def _lowest_trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _samples(n: int, sizes: Sizes, support: "TokenSupport | None", fake: FakeTensorMode) -> Experience:
-    """Samples of the longest prompts and completions; their ids are real, the words of a support are not."""
-    length = sizes.prompt + sizes.response
+    """Samples of the longest prompts and completions; their ids are real, the words of a support are not.
+
+    One is a token shorter: padding for attention alone takes more than rectangles that need none.
+    """
+    completion_lens = torch.full((n,), sizes.response)
+    if n > 1 and sizes.response > 1:
+        completion_lens[-1] -= 1
+    tokens = int(completion_lens.sum())
     experience = Experience(
-        input_ids=torch.ones(n * length, dtype=torch.long),
+        input_ids=torch.ones(n * sizes.prompt + tokens, dtype=torch.long),
         prompt_lens=torch.full((n,), sizes.prompt),
-        completion_lens=torch.full((n,), sizes.response),
+        completion_lens=completion_lens,
         has_eos=torch.ones(n, dtype=torch.bool),
     )
     if support is not None:
-        tokens = n * sizes.response
         with fake:
             words = torch.zeros(tokens * support.words, dtype=torch.int32)
         kinds = torch.full((tokens,), support.kind, dtype=torch.uint8)
