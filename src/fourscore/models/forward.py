@@ -31,8 +31,11 @@ CHUNK_BYTES = 2**24
 _PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
 
-_EVENLY = 0.01
-"""Of its tokens, what a full pass without padding costs more than tokens of smaller ones: the least memory is even."""
+_TWICE = 128
+"""Tokens of a pass cost the more the more there are, as fresh memory does: twice as much when so many passes' own cost.
+
+Without padding that alone keeps passes from growing, and makes them even.
+"""
 
 
 @dataclass
@@ -87,7 +90,7 @@ def microbatches(lens: Tensor, size: int, tokens: int | None = None, *, padded: 
 
     What is padded costs as much as what is not, and each pass costs as much as some tokens more. No group takes more
     memory than `size` samples of the greatest length, so there may be more of them where they are short. Without
-    padding groups are about even.
+    padding groups are about even, and no larger than pays.
 
     Args:
         lens: `[n]` tokens.
@@ -101,15 +104,15 @@ def microbatches(lens: Tensor, size: int, tokens: int | None = None, *, padded: 
     order = torch.argsort(lens, descending=True, stable=True)
     longest_first = lens[order].numpy(force=True)
     limit = size * longest_first[0] if tokens is None else tokens
+    one_pass = _PASS_TOKENS.get(lens.device.type, _PASS_TOKENS["cuda"])
     before = np.concatenate([[0], longest_first.cumsum()])
     # The least cost of the first j samples, and where their last group begins.
     least, begins = np.zeros(len(lens) + 1), np.zeros(len(lens) + 1, dtype=int)
     for j in range(1, len(lens) + 1):
         # Of a group from i to j.
         cells = longest_first[:j] * np.arange(j, 0, -1) if padded else before[j] - before[:j]
-        cost = cells if padded else cells + _EVENLY * cells**2 / limit
-        cost = np.where((cells > limit) & (np.arange(j) < j - 1), np.inf, cost)
-        costs = least[:j] + cost + _PASS_TOKENS.get(lens.device.type, _PASS_TOKENS["cuda"])
+        cost = cells if padded else cells + cells**2 / (_TWICE * one_pass)
+        costs = least[:j] + one_pass + np.where((cells > limit) & (np.arange(j) < j - 1), np.inf, cost)
         begins[j] = costs.argmin()
         least[j] = costs[begins[j]]
     ends = [len(lens)]
@@ -195,7 +198,7 @@ def completion_logprobs_and_values(
 def _fed(model: nn.Module, batch: Padded) -> Iterator[tuple[Padded, dict[str, Tensor]]]:
     """The batch as a model is to see it in this context, padded or in one row, and the arguments of its forward."""
     n, width = batch.input_ids.shape
-    if not batch.lens.ne(width).any() or not can_unpad(model, width):
+    if (batch.lens == width).all() or not can_unpad(model, width):
         yield batch, {"input_ids": batch.input_ids}
         return
     at = torch.arange(width, device=batch.lens.device).expand(n, width)

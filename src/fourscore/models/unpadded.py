@@ -34,6 +34,8 @@ FAMILIES = frozenset(
 
 _NAME = "fourscore_unpadded"
 
+_layout: ContextVar["Layout"] = ContextVar("layout")
+
 
 def can_unpad(model: Any, longest: int) -> bool:
     """Whether samples of up to so many tokens can stand back to back in a pass of a model.
@@ -103,9 +105,6 @@ def attention_within(model: nn.Module, layout: Layout) -> Iterator[None]:
         _layout.reset(token)
         for config in configs:
             config._attn_implementation = "sdpa"
-
-
-_layout: ContextVar[Layout] = ContextVar("layout")
 
 
 def _attention(
