@@ -157,8 +157,9 @@ def test_passes_without_padding_are_even_and_hold_no_more_tokens_than_so_many_of
     assert [len(g) for g in microbatches(lens[:2], 1, tokens=1, padded=False)] == [1, 1]
     llama = policy_of("llama")
     assert [g.tolist() for g in forward_passes(llama, lens, 64)] == [g.tolist() for g in groups]
-    llama.gradient_checkpointing_enable({"use_reentrant": False})
     padded = [g.tolist() for g in microbatches(lens, 64)]
+    assert [g.tolist() for g in forward_passes(llama, lens, 64, padded=True)] == padded
+    llama.gradient_checkpointing_enable({"use_reentrant": False})
     assert [g.tolist() for g in forward_passes(llama, lens, 64)] == padded != [g.tolist() for g in groups]
 
 

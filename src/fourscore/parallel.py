@@ -157,7 +157,9 @@ class Parallel:
             work.wait()
 
 
-def forward_passes(model: nn.Module, lens: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
+def forward_passes(
+    model: nn.Module, lens: Tensor, size: int, tokens: int | None = None, *, padded: bool = False
+) -> list[Tensor]:
     """`microbatches` for a model, without padding where it needs none.
 
     They are as many on every process where the model is sharded: a pass gathers weights from all of them.
@@ -167,8 +169,9 @@ def forward_passes(model: nn.Module, lens: Tensor, size: int, tokens: int | None
         lens: `[n]` tokens, `n` equal on all processes.
         size: see `microbatches`.
         tokens: see `microbatches`.
+        padded: even if the model needs none.
     """
-    groups = microbatches(lens, size, tokens, padded=not can_unpad(model, int(lens.max())))
+    groups = microbatches(lens, size, tokens, padded=padded or not can_unpad(model, int(lens.max())))
     if isinstance(next(model.parameters()), DTensor):
         counts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counts, len(groups))

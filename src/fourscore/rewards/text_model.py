@@ -90,11 +90,13 @@ def text_scores(
     device = next(model.parameters()).device
     # A text of nothing but what is left out of it still needs a token to be read.
     ids = [torch.tensor(each["input_ids"] or [0], device=device) for each in encoded]
-    order = forward_passes(model, torch.tensor([len(each) for each in ids], device=device), batch_size)
+    lens = torch.tensor([len(each) for each in ids], device=device)
+    reads_last = _reads_last_token(model)
+    order = forward_passes(model, lens, batch_size, padded=not reads_last)
     scores = []
     for group in order:
         some = group.tolist()
-        if _reads_last_token(model):
+        if reads_last:
             scores.append(sample_scores(model, [ids[i] for i in some]))
             continue
         pad = getattr(tokenizer, "pad_token_id", None) or 0
