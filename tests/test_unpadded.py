@@ -37,7 +37,7 @@ def make(family: str, kind: Any, **changes: Any) -> Any:
     config = CONFIG_MAPPING[family](vocab_size=len(TOKENIZER), num_labels=1, **(sizes | ids | changes))
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = kind.from_config(config, attn_implementation=changes.get("attn_implementation", "sdpa"))
+        model = kind.from_config(config, attn_implementation=changes.get("attn_implementation"))
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return in_training(model)
@@ -106,8 +106,13 @@ def test_what_needs_padding_has_it(why: str, changes: dict[str, Any]) -> None:
     batch = rectangle(SAMPLES, PROMPT_LENS)
     found: list[Tensor] = []
     assert rows_seen(policy, lambda: found.append(completion_logprobs(policy, batch, 0.7)[0])) == {CELLS}
+    expected = plain_logprobs(policy, 0.7)[0]
+    assert_close(found[0], expected, **CLOSE)
+    query = policy.model.layers[0].self_attn.q_proj.weight
     found[0].sum().backward()
-    assert_close(found[0], plain_logprobs(policy, 0.7)[0], **CLOSE)
+    got, query.grad = query.grad, None
+    expected.sum().backward()
+    assert_close(got, query.grad, rtol=1e-3, atol=2e-4)
     if not changes:  # without a backward pass nothing is made again
         with torch.no_grad():
             assert rows_seen(policy, lambda: completion_logprobs(policy, batch, 0.7)) == {TOKENS}
@@ -139,13 +144,12 @@ def test_attention_is_as_before_after_an_error_and_for_layers_with_a_config_of_t
     assert policy.config._attn_implementation == layer.config._attn_implementation == "sdpa"
 
 
-def test_a_layout_brings_every_token_back() -> None:
+def test_a_layout_gives_every_token_its_cell() -> None:
     lens = torch.tensor([3, 1, 4, 2])
     layout = Layout.of(lens, [torch.tensor([2, 0]), torch.tensor([3, 1])])
     assert layout.shapes == [(2, 4), (2, 2)]
-    # Tokens 0 1 2 | 3 | 4 5 6 7 | 8 9; behind a sample's end stands its last one.
-    assert layout.spread.tolist() == [4, 5, 6, 7, 0, 1, 2, 2, 8, 9, 3, 3]
-    assert layout.spread[layout.back].tolist() == list(range(10))
+    # Rows of four cells for the samples 2 and 0, and of two for 3 and 1.
+    assert layout.cells.tolist() == [4, 5, 6, 10, 0, 1, 2, 3, 8, 9]
 
 
 def test_passes_without_padding_are_even_and_hold_no_more_tokens_than_so_many_of_the_longest() -> None:

@@ -32,9 +32,9 @@ _PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
 
 _TWICE = 128
-"""Tokens of a pass cost the more the more there are, as fresh memory does: twice as much when so many passes' own cost.
+"""Tokens of a larger pass cost more each, as they take fresh memory: twice as much where they are worth so many passes.
 
-Without padding that alone keeps passes from growing, and makes them even.
+Without padding nothing else keeps passes from growing, or makes them even.
 """
 
 

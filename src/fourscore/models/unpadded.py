@@ -59,35 +59,29 @@ def can_unpad(model: Any, longest: int) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """How tokens that stand back to back go into rectangles for attention, and come back.
+    """Where tokens that stand back to back are in rectangles, for attention.
 
     Attributes:
         shapes: samples and tokens a sample of each rectangle.
-        spread: `[P]` for each cell of all rectangles the token that is in it; some token, where it is padding.
-        back: `[T]` the cell of each token.
+        cells: `[T]` the place of each token among the cells of all rectangles, one after the other.
     """
 
     shapes: list[tuple[int, int]]
-    spread: Tensor
-    back: Tensor
+    cells: Tensor
 
     @classmethod
     def of(cls, lens: Tensor, groups: list[Tensor]) -> "Layout":
         """That of samples of `lens` `[n]` tokens, with a rectangle for each of the `groups` of their indices."""
-        starts = lens.cumsum(0) - lens
-        shapes, spread = [], []
-        back = torch.empty(int(lens.sum()), dtype=torch.long, device=lens.device)
-        cells = 0
+        shapes, before = [], 0
+        firsts = torch.empty_like(lens)  # the cell of each sample's first token
         for group in groups:
-            lasts = lens[group][:, None] - 1
-            at = torch.arange(int(lasts.max()) + 1, device=lens.device)
-            tokens = starts[group][:, None] + torch.minimum(at, lasts)
-            real = at <= lasts
-            back[tokens[real]] = cells + real.flatten().nonzero()[:, 0]
-            shapes.append((len(group), len(at)))
-            spread.append(tokens.flatten())
-            cells += tokens.numel()
-        return cls(shapes, torch.cat(spread), back)
+            n, width = len(group), int(lens[group].max())
+            firsts[group] = before + width * torch.arange(n, device=lens.device)
+            shapes.append((n, width))
+            before += n * width
+        shift = firsts - (lens.cumsum(0) - lens)
+        tokens = torch.arange(int(lens.sum()), device=lens.device)
+        return cls(shapes, tokens + torch.repeat_interleave(shift, lens))
 
 
 @contextmanager
@@ -114,43 +108,17 @@ def _attention(
     layout = _layout.get()
     rectangles = zip(*(_in_rectangles(x, layout) for x in (query, key, value)), strict=True)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    cells = [sdpa(module, *each, None, **kwargs)[0].flatten(0, 1) for each in rectangles]
-    one = cells[0] if len(cells) == 1 else torch.cat(cells)
-    return _Gather.apply(one, layout)[None], None
+    outputs = [sdpa(module, *each, None, **kwargs)[0].flatten(0, 1) for each in rectangles]
+    return torch.cat(outputs).index_select(0, layout.cells)[None], None
 
 
 AttentionInterface.register(_NAME, _attention)
 
 
 def _in_rectangles(x: Tensor, layout: Layout) -> list[Tensor]:
-    """`[1, heads, T, size]` to `[n, heads, width, size]` for each rectangle."""
-    cells = _Spread.apply(x[0].transpose(0, 1), layout)
-    parts = [cells] if len(layout.shapes) == 1 else cells.split([n * width for n, width in layout.shapes])
-    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, layout.shapes, strict=True)]
-
-
-class _Spread(torch.autograd.Function):
-    """`[T, ...]` tokens to `[P, ...]` cells. Padding gives back no gradient: it is no part of any token's output."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return tokens.index_select(0, layout.spread)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.layout.back), None
-
-
-class _Gather(torch.autograd.Function):
-    """`[P, ...]` cells to `[T, ...]` tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return cells.index_select(0, layout.back)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        cells = grad.new_zeros(len(ctx.layout.spread), *grad.shape[1:])
-        return cells.index_copy_(0, ctx.layout.back, grad), None
+    """`[1, heads, T, size]` to `[n, heads, width, size]` for each rectangle, with zeros for padding."""
+    tokens = x[0].transpose(0, 1)
+    sizes = [n * width for n, width in layout.shapes]
+    cells = tokens.new_zeros(sum(sizes), *tokens.shape[1:]).index_copy_(0, layout.cells, tokens)
+    parts = zip(cells.split(sizes), layout.shapes, strict=True)
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in parts]
