@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--at_once", type=int, help="prompts that are completed at a time (default: all)")
     parser.add_argument("--prompts", nargs=2, type=int, default=[8, 128], metavar=("LEAST", "MOST"))
     parser.add_argument("--response_length", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
@@ -39,7 +40,7 @@ def parse() -> argparse.Namespace:
 
 
 def plain(policy: Any, prompts: list[list[int]], response_length: int) -> list[list[int]]:
-    """Completions by the policy's `generate`, all prompts in one batch padded on the left."""
+    """Completions by the policy's `generate`, prompts in one batch padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=policy.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
@@ -67,9 +68,11 @@ def main() -> None:
     batch = workload(options)
     prompts, lengths = batch.prompts, batch.completion_lens
     script = Script(policy)
-    sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, options.batch)
+    at_once = options.at_once or options.batch
+    sampling = Sampling(options.response_length, 1.0, (EOS,), EOS, at_once)
+    groups = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
     systems = {
-        "generate": lambda: plain(policy, prompts, options.response_length),
+        "generate": lambda: [c for group in groups for c in plain(policy, group, options.response_length)],
         "fourscore, weights not packed": lambda: generate(policy, prompts, sampling, pack=False).completions(),
         "fourscore": lambda: generate(policy, prompts, sampling).completions(),
     }
@@ -89,7 +92,7 @@ def main() -> None:
     console = Console()
     console.print(
         f"{options.model}, {torch.get_num_threads()} threads: {len(prompts)} prompts of {min(lens)} to {max(lens)} "
-        f"tokens, {sum(lengths)} tokens of completions"
+        f"tokens, {at_once} at a time, {sum(lengths)} tokens of completions"
     )
     table = Table("", "seconds", "CPU seconds", "tokens/s")
     for name, times in seconds.items():

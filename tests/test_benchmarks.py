@@ -108,9 +108,11 @@ def test_update_benchmark(cache: Path) -> None:
     assert len(measured) == 3
 
 
-def test_rollout_benchmark(cache: Path) -> None:
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_rollout_benchmark(cache: Path, at_once: int) -> None:
     """It fails by itself if they do not give the same tokens, of the lengths asked for."""
     flags = ["--model", "tiny", "--pairs", "2", "--batch", "5", "--prompts", "2", "9", "--response_length", "7"]
+    flags += ["--at_once", str(at_once)]
     command = [sys.executable, str(BENCHMARKS / "rollout.py"), *flags, "--cache", str(cache)]
     command += ["--json", str(cache / "rollout.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

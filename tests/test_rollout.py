@@ -382,10 +382,10 @@ def test_nucleus_of_a_large_flat_vocabulary() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5000, generator=generator) * 0.3
     for p in (0.1, 0.5, 0.9):
-        kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=p), 0) > -torch.inf
+        kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=p), [0] * 3) > -torch.inf
         for row, inside in zip(logits, kept, strict=True):
             assert set(inside.nonzero()[:, 0].tolist()) == likeliest(row, 1.0, 0, p)
-    kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=1 - 1e-9), 0) > -torch.inf
+    kept = restrict_(logits.clone(), sampling(temperature=1.0, top_p=1 - 1e-9), [0] * 3) > -torch.inf
     assert kept.sum() > 0.999 * kept.numel()
 
 
@@ -540,3 +540,31 @@ def test_prompts_of_like_lengths_are_read_together_and_equal_ones_once(request: 
     e, shapes = shapes_seen(policy, prompts, sampling(max_new_tokens=3))
     assert e.completions() == [greedy(policy, prompt, 3) for prompt in prompts]
     assert shapes == ([(7, 50)] if "generate" in request.node.name else [(2, 50), (2, 4)]) + [(7, 1)] * 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_further_prompts_take_the_rows_that_are_free(arch: str, request: pytest.FixtureRequest) -> None:
+    """Forty prompts in eight rows, whose completions end at many places."""
+    policy = model(arch, vocab_size=16)
+    prompts = [[i % 16, 3, *range(i % 5)] for i in range(40)]
+    stop_ids, most = (0, 5), 24
+    e, shapes = shapes_seen(policy, prompts, sampling(stop_ids=stop_ids, max_new_tokens=most, batch_size=8))
+    expected = []
+    for prompt in prompts:
+        free = greedy(policy, prompt, most)
+        ends = [at for at, token in enumerate(free) if token in stop_ids]
+        expected.append(free[: ends[0] + 1] if ends else free)
+    lens = [len(completion) for completion in expected]
+    assert len(set(lens)) > 4, "rows end together: the comparison says nothing"
+    assert e.completions() == expected
+    read = [rows for rows, n in shapes if n > 1]
+    steps = [rows for rows, n in shapes if n == 1]
+    assert max(steps) == 8
+    # Those of eight prompts at a time, longest first, each until its last completion ends.
+    order = sorted(range(40), key=lambda i: len(prompts[i]), reverse=True)
+    in_groups = sum(max(lens[i] for i in order[start : start + 8]) - 1 for start in range(0, 40, 8))
+    if "generate" in request.node.name:
+        assert len(steps) == in_groups and len(read) == 5
+        return
+    assert sum(read) == 40 and sum(steps) == sum(lens) - 40, "no row is computed that has no token to give"
+    assert len(steps) < 0.8 * in_groups

@@ -1,4 +1,4 @@
-"""Decoding of a batch that gets smaller as completions end, over a cache that is made once.
+"""Decoding of a batch whose rows go with their last token and make room for further prompts, over one cache.
 
 `generate` computes every row until the last one is done, pads all prompts to the longest, and copies keys and values to
 new memory for each token. Here a row leaves the batch with its last token, prompts of like lengths are read together,
@@ -6,6 +6,7 @@ those that are equal only once, and keys and values have their place from the st
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from fourscore.models.forward import microbatches, without_peft
 from fourscore.models.support import Support
 from fourscore.rollout.sampling import Completed, Sampling, draw, has_ended, restrict_
+
+_FREE = 1 / 4
+"""Share of a batch's rows that are free when further prompts are read."""
 
 
 def can_decode(policy: nn.Module) -> bool:
@@ -45,7 +49,7 @@ def _cache_argument(kind: Any) -> str:
 def decode(
     policy: nn.Module, prompts: list[list[int]], sampling: Sampling, *, keep_support: bool, keep_logprobs: bool
 ) -> Completed:
-    """Complete each prompt of a batch.
+    """Complete each prompt, `sampling.batch_size` of them at a time.
 
     Args:
         policy: a causal LM for which `can_decode` holds, PEFT or plain.
@@ -55,47 +59,56 @@ def decode(
         keep_logprobs: keep those of the tokens, unless decoding is greedy.
     """
     device = next(policy.parameters()).device
-    lens = torch.tensor([len(p) for p in prompts], device=device)
-    cache = _Rows(policy, len(prompts), len(prompts[0]) + sampling.max_new_tokens - 1)
-    logits = cache.read(policy, prompts)
-    mask = torch.ones(len(prompts), cache.capacity, dtype=torch.long, device=device)
-    mask[:, : len(prompts[0])] = torch.arange(len(prompts[0]), device=device) >= len(prompts[0]) - lens[:, None]
+    most = min(sampling.batch_size, len(prompts))
+    cache = _Rows(policy, most, len(prompts[0]) + sampling.max_new_tokens - 1)
     found = Completed([[] for _ in prompts], [False] * len(prompts), [])
     if keep_logprobs and sampling.temperature > 0:
         found.logprobs = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompt of each row of the batch
-    for drawn in range(sampling.max_new_tokens):
-        scores = restrict_(logits, sampling, drawn)
+    rows = list(range(most))  # the prompt of each row of the batch
+    waiting = list(range(most, len(prompts)))
+    logits = [cache.read(policy, prompts[:most])]
+    while rows:
+        scores = restrict_(torch.cat(logits), sampling, [len(found.completions[row]) for row in rows])
         if keep_support and sampling.restricted:
             found.kept.append((torch.tensor(rows, device=device), Support.of(scores > -torch.inf)))
         tokens, logprobs = draw(scores, sampling)
         if found.logprobs is not None and logprobs is not None:
             for row, logprob in zip(rows, logprobs.tolist(), strict=True):
                 found.logprobs[row].append(logprob)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            found.completions[row].append(token)
-            found.ended[row] = has_ended(found.completions[row], sampling)
-        if drawn + 1 == sampling.max_new_tokens:
-            break
-        going_on = [place for place, row in enumerate(rows) if not found.ended[row]]
-        if not going_on:
-            break
+        going_on = []
+        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            completion = found.completions[row]
+            completion.append(token)
+            found.ended[row] = has_ended(completion, sampling)
+            if not found.ended[row] and len(completion) < sampling.max_new_tokens:
+                going_on.append(place)
         if len(going_on) < len(rows):
             places = cache.keep(going_on)
             rows = [rows[place] for place in places]
-            index = torch.tensor(places, device=device)
-            tokens, lens, mask = tokens[index], lens[index], mask[index]
-        logits = cache.step(policy, tokens, lens + drawn, mask)
+            tokens = tokens[torch.tensor(places, dtype=torch.long, device=device)]
+        logits = [cache.step(policy, tokens)] if rows else []
+        # Reading takes a pass, so it waits until there are several prompts to read.
+        if waiting and most - len(rows) >= min(len(waiting), math.ceil(most * _FREE)):
+            new, waiting = waiting[: most - len(rows)], waiting[most - len(rows) :]
+            logits.append(cache.read(policy, [prompts[row] for row in new]))
+            rows += new
     return found
 
 
 class _Rows:
-    """Keys and values of the rows of a batch, in every layer: prompts end in the same column, tokens follow there."""
+    """Keys and values of the rows of a batch, in every layer: all end in the same column, where tokens follow."""
 
     def __init__(self, policy: nn.Module, rows: int, capacity: int) -> None:
+        """Nothing is in it yet.
+
+        Args:
+            policy: the model.
+            rows: most rows.
+            capacity: most tokens of a row.
+        """
         base: Any = without_peft(policy)
-        self.capacity = capacity
-        self.rows = rows
+        self.size = rows, capacity
+        self.begins: list[int] = []  # the column of each row's first token
         self.filled = 0
         self.prompt: tuple[Tensor, Tensor, int, int] | None = None
         self._layers = [_Layer(self) for _ in DynamicCache(config=base.config).layers]
@@ -104,9 +117,16 @@ class _Rows:
             self._named["logits_to_keep"] = 1
 
     def read(self, policy: nn.Module, prompts: list[list[int]]) -> Tensor:
-        """Fill in prompts, longest first; returns the logits after their last tokens, `[rows, vocabulary]` fp32."""
+        """Add rows for prompts, none longer than a row that is there, and the longest first.
+
+        Returns:
+            the logits after their last tokens, `[len(prompts), vocabulary]` fp32.
+        """
         device = next(policy.parameters()).device
-        width = len(prompts[0])
+        before = len(self.begins)
+        self._move_to_front()
+        self.filled = max(self.filled, len(prompts[0]))
+        self.begins += [self.filled - len(prompt) for prompt in prompts]
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
@@ -124,17 +144,20 @@ class _Rows:
             rows = [row for prompt in group for row in rows_of[prompt]]
             source = [at for at, prompt in enumerate(group) for _ in rows_of[prompt]]
             target, copies = torch.tensor(rows, device=device), torch.tensor(source, device=device)
-            self.prompt = (target, copies, width - longest, width)
+            self.prompt = (before + target, copies, self.filled - longest, self.filled)
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)
             logits.append(self._logits(policy, ids, mask, position_ids)[copies])
             order += rows
-        self.prompt, self.filled = None, width
+        self.prompt = None
         return torch.cat(logits)[torch.tensor(order, device=device).argsort()]
 
-    def step(self, policy: nn.Module, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def step(self, policy: nn.Module, tokens: Tensor) -> Tensor:
         """Logits after one more token a row, `[rows, vocabulary]` fp32."""
-        mask = mask[:, : self.filled + 1]
-        logits = self._logits(policy, tokens[:, None], mask, positions[:, None])
+        if self.filled == self.size[1]:
+            self._move_to_front()
+        begins = torch.tensor(self.begins, device=tokens.device)[:, None]
+        mask = (torch.arange(self.filled + 1, device=tokens.device) >= begins).long()
+        logits = self._logits(policy, tokens[:, None], mask, self.filled - begins)
         self.filled += 1
         return logits
 
@@ -148,12 +171,21 @@ class _Rows:
             if to != place:
                 for layer in self._layers:
                     layer.move(place, to)
-        self.rows = count
+        self.begins = [self.begins[place] for place in order]
         return order
+
+    def _move_to_front(self) -> None:
+        """The row with the most tokens begins in the first column, so that there is room behind it."""
+        first = min(self.begins, default=self.filled)
+        if first:
+            for layer in self._layers:
+                layer.shift(first)
+            self.begins = [begin - first for begin in self.begins]
+            self.filled -= first
 
     def _logits(self, policy: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         out = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **self._named)
-        return out.logits[:, -1].to(torch.float32, copy=True)
+        return out.logits[:, -1].float()
 
 
 class _Layer(DynamicLayer):
@@ -168,10 +200,10 @@ class _Layer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for all that will come."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        rows, capacity = self._places.size
         # Zeros: what the mask hides is weighted with nothing, and nothing times NaN would be NaN.
         self.keys, self.values = (
-            states.new_zeros(self._places.rows, states.shape[1], self._places.capacity, states.shape[3])
-            for states in (key_states, value_states)
+            states.new_zeros(rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -185,17 +217,23 @@ class _Layer(DynamicLayer):
             self.keys[rows, :, start:stop] = key_states[copies]
             self.values[rows, :, start:stop] = value_states[copies]
             return key_states, value_states
-        stop = places.filled + 1
-        keys, values = self.keys[: places.rows, :, :stop], self.values[: places.rows, :, :stop]
+        rows, stop = len(places.begins), places.filled + 1
+        keys, values = self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
         keys[:, :, -1:] = key_states
         values[:, :, -1:] = value_states
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Columns that are filled."""
-        return self._places.filled
+        """Columns that the next tokens see; prompts see their own alone."""
+        return 0 if self._places.prompt else self._places.filled
 
     def move(self, place: int, to: int) -> None:
         """Copy a row over another one."""
         for states in (self.keys, self.values):
             states[to, :, : self._places.filled] = states[place, :, : self._places.filled]
+
+    def shift(self, columns: int) -> None:
+        """Move all rows so many columns to the front."""
+        rows, filled = len(self._places.begins), self._places.filled
+        for states in (self.keys, self.values):
+            states[:rows, :, : filled - columns] = states[:rows, :, columns:filled].clone()

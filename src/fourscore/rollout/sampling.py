@@ -126,7 +126,7 @@ def has_ended(completion: list[int], sampling: Sampling) -> bool:
     return strings is not None and len(completion) >= sampling.min_new_tokens and strings.completed_by_last(completion)
 
 
-def restrict_(logits: Tensor, sampling: Sampling, drawn: int) -> Tensor:
+def restrict_(logits: Tensor, sampling: Sampling, drawn: list[int]) -> Tensor:
     """Turn a policy's logits into those of the distribution that is drawn from.
 
     In this order: what is barred before the shortest completion, temperature, top-k, top-p (Holtzman et al. 2020, arXiv
@@ -136,13 +136,15 @@ def restrict_(logits: Tensor, sampling: Sampling, drawn: int) -> Tensor:
     Args:
         logits: `[b, vocabulary]` fp32; overwritten.
         sampling: how to draw.
-        drawn: tokens of the completion that are there already.
+        drawn: tokens of each completion that are there already, `b` numbers.
 
     Returns:
         `logits`, minus infinity outside of the support.
     """
-    if drawn + 1 < sampling.min_new_tokens and sampling.stop_ids:
-        logits[:, list(sampling.stop_ids)] = -torch.inf
+    if sampling.min_new_tokens > 1:
+        short = torch.tensor([n + 1 < sampling.min_new_tokens for n in drawn], device=logits.device)
+        for stop_id in sampling.stop_ids:
+            logits[:, stop_id].masked_fill_(short, -torch.inf)
     if sampling.temperature > 0:
         logits /= sampling.temperature
     if not sampling.truncates:

@@ -82,9 +82,11 @@ def generate(
     logprobs: dict[int, list[float]] = {}
     ours = not synced and can_decode(policy)
     exact = _is_exact(policy)
+    # Our own decoding takes further prompts as rows become free; `generate` takes them when a batch is done.
+    size = len(order) if ours else sampling.batch_size
     with packed(policy) if pack and not synced else nullcontext():
-        for start in range(0, len(order), sampling.batch_size):
-            group = order[start : start + sampling.batch_size]
+        for start in range(0, len(order), size):
+            group = order[start : start + size]
             some = [prompts[i] for i in group]
             if ours:
                 found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
@@ -173,7 +175,7 @@ class _Restrict(LogitsProcessor):
         self._sampling, self._ends, self._width, self._keep = sampling, ends, width, keep
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = restrict_(scores, self._sampling, input_ids.shape[1] - self._width)
+        scores = restrict_(scores, self._sampling, [input_ids.shape[1] - self._width] * len(scores))
         if self._keep:
             rows = torch.tensor([row for row, n in enumerate(self._ends.lengths) if n is None], device=scores.device)
             if len(rows):
