@@ -64,10 +64,16 @@ def decode(
     found = Completed([[] for _ in prompts], [False] * len(prompts), [])
     if keep_logprobs and sampling.temperature > 0:
         found.logprobs = [[] for _ in prompts]
-    rows = list(range(most))  # the prompt of each row of the batch
-    waiting = list(range(most, len(prompts)))
-    logits = [cache.read(policy, prompts[:most])]
-    while rows:
+    rows: list[int] = []  # the prompt of each row of the batch
+    waiting = range(len(prompts))
+    logits: list[Tensor] = []  # of the rows, in one or two pieces
+    while rows or waiting:
+        free = most - len(rows)
+        # Reading takes a pass, so it waits until there are several prompts to read.
+        if waiting and free >= min(len(waiting), math.ceil(most * _FREE)):
+            new, waiting = waiting[:free], waiting[free:]
+            logits.append(cache.read(policy, [prompts[row] for row in new]))
+            rows += new
         scores = restrict_(torch.cat(logits), sampling, [len(found.completions[row]) for row in rows])
         if keep_support and sampling.restricted:
             found.kept.append((torch.tensor(rows, device=device), Support.of(scores > -torch.inf)))
@@ -87,11 +93,6 @@ def decode(
             rows = [rows[place] for place in places]
             tokens = tokens[torch.tensor(places, dtype=torch.long, device=device)]
         logits = [cache.step(policy, tokens)] if rows else []
-        # Reading takes a pass, so it waits until there are several prompts to read.
-        if waiting and most - len(rows) >= min(len(waiting), math.ceil(most * _FREE)):
-            new, waiting = waiting[: most - len(rows)], waiting[most - len(rows) :]
-            logits.append(cache.read(policy, [prompts[row] for row in new]))
-            rows += new
     return found
 
 
@@ -107,7 +108,7 @@ class _Rows:
             capacity: most tokens of a row.
         """
         base: Any = without_peft(policy)
-        self.size = rows, capacity
+        self.rows, self.capacity = rows, capacity
         self.begins: list[int] = []  # the column of each row's first token
         self.filled = 0
         self.prompt: tuple[Tensor, Tensor, int, int] | None = None
@@ -153,7 +154,7 @@ class _Rows:
 
     def step(self, policy: nn.Module, tokens: Tensor) -> Tensor:
         """Logits after one more token a row, `[rows, vocabulary]` fp32."""
-        if self.filled == self.size[1]:
+        if self.filled == self.capacity:
             self._move_to_front()
         begins = torch.tensor(self.begins, device=tokens.device)[:, None]
         mask = (torch.arange(self.filled + 1, device=tokens.device) >= begins).long()
@@ -200,7 +201,7 @@ class _Layer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for all that will come."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows, capacity = self._places.size
+        rows, capacity = self._places.rows, self._places.capacity
         # Zeros: what the mask hides is weighted with nothing, and nothing times NaN would be NaN.
         self.keys, self.values = (
             states.new_zeros(rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)

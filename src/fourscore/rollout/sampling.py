@@ -141,10 +141,9 @@ def restrict_(logits: Tensor, sampling: Sampling, drawn: list[int]) -> Tensor:
     Returns:
         `logits`, minus infinity outside of the support.
     """
-    if sampling.min_new_tokens > 1:
-        short = torch.tensor([n + 1 < sampling.min_new_tokens for n in drawn], device=logits.device)
-        for stop_id in sampling.stop_ids:
-            logits[:, stop_id].masked_fill_(short, -torch.inf)
+    short = [row for row, n in enumerate(drawn) if n + 1 < sampling.min_new_tokens]
+    if short and sampling.stop_ids:
+        logits[torch.tensor(short, device=logits.device)[:, None], list(sampling.stop_ids)] = -torch.inf
     if sampling.temperature > 0:
         logits /= sampling.temperature
     if not sampling.truncates:
