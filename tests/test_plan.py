@@ -157,6 +157,14 @@ def test_what_grows_with_what(llama_policy, llama_reward):
     assert split["update"] == start["update"]
 
 
+def test_all_prompts_of_a_batch_are_read(llama_policy, llama_reward):
+    def prefill(batch):
+        args, model_args = settings(llama_policy, llama_reward, per_device_train_batch_size=batch)
+        return make_plan(args, model_args, prompt=128).parts["rollout"]["prefill"]
+
+    assert prefill(8) > 3.5 * prefill(2)
+
+
 def test_the_copy_of_the_weights_is_in_the_rollout_and_can_be_done_without(llama_policy, llama_reward):
     args, model_args = settings(llama_policy, llama_reward)
     plan = make_plan(args, model_args, prompt=8)

@@ -127,8 +127,9 @@ def _trace(
 def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Trace) -> dict[str, int]:
     """Prefill of the prompts, and the last steps of the longest completions."""
 
-    def complete(trace: Trace, prompt: int, new: int) -> None:
-        sampling = Sampling(new, args.temperature, (), None, sizes.rollout_batch, top_k=args.top_k, top_p=args.top_p)
+    def complete(trace: Trace, prompt: int, new: int, stop_ids: tuple[int, ...] = ()) -> None:
+        batch, top_k, top_p = sizes.rollout_batch, args.top_k, args.top_p
+        sampling = Sampling(new, args.temperature, stop_ids, None, batch, top_k=top_k, top_p=top_p)
 
         def enter(module: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
             ids = named["input_ids"] if "input_ids" in named else positional[0]
@@ -138,14 +139,16 @@ def _rollout(roles: Roles, args: PPOConfig, sizes: Sizes, first: Trace, last: Tr
         try:
             with trace, roles.autocast():
                 # What supports hold depends on data: they are counted in `support_bytes`.
-                prompts = [[1] * prompt for _ in range(sizes.rollout_batch)]
+                # Each another one: those that are equal would be read once.
+                prompts = [[row] * prompt for row in range(batch)]
                 # A copy of the weights is counted by itself.
                 generate(roles.policy, prompts, sampling, keep_support=False, pack=False)
         finally:
             handle.remove()
 
     roles.policy.eval()
-    complete(first, sizes.prompt, 1)
+    # Every token ends a completion, for all of which there is room while the prompts are read.
+    complete(first, sizes.prompt, sizes.response, tuple(range(roles.policy.config.get_text_config().vocab_size)))
     steps = min(3, sizes.response)
     if steps > 1:
         complete(last, sizes.prompt + sizes.response - steps, steps)
