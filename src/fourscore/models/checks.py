@@ -6,7 +6,6 @@ import filecmp
 import importlib.util
 import logging
 import os
-import platform
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,7 @@ from fourscore.config import get_peft_config, get_quantization_config
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.adapters import HEAD, OUTPUT_LAYERS
 from fourscore.models.checkpoint import Checkpoint, TensorHeader, find_checkpoint
+from fourscore.models.cpu import cpu_info
 from fourscore.models.layout import Layout, decide_layout, frozen_dtype, value_start
 from fourscore.models.tokenizer import first_conflict, load_tokenizer
 
@@ -405,13 +405,7 @@ def _check_dtype(checkpoint: Checkpoint, model_args: "ModelConfig", on_cpu: bool
 
 def is_emulated(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU lacks instructions for `dtype` (bfloat16, float16); False where it does not say."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpu_info(), re.MULTILINE)
     return match is not None and not set(match[1].split()) & set(_EMULATED_BY[dtype])
 
 

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
+from fourscore.models.forward_as import forward_as
+from fourscore.models.onednn import by_onednn
 from fourscore.models.support import Support
 from fourscore.models.unpadded import Layout, attention_within, can_unpad
 
@@ -224,6 +226,7 @@ def _completion_states(
         raise FourscoreError(
             f"{type(base).__name__} names no backbone (base_model_prefix): use an architecture of transformers."
         )
+    head = base.get_output_embeddings()
     sharded = any(isinstance(parameter, DTensor) for parameter in base.parameters())
     seen: list[tuple[Any, Tensor]] = []
     entropies: list[Tensor] = []
@@ -239,7 +242,7 @@ def _completion_states(
 
     def logits_of(states: Tensor) -> Tensor:
         """What the model's forward makes of `[c, d]` last hidden states: `[1, c, vocabulary]`."""
-        with forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
+        with by_onednn(head), forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
             return type(base).forward(base, input_ids=fed.input_ids, use_cache=False).logits
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -249,7 +252,6 @@ def _completion_states(
         most = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
         # Evened out: a last chunk of few rows would read all of the head, too.
         size = math.ceil(len(states) / math.ceil(len(states) / most))
-        head = base.get_output_embeddings()
         # Backward through a sharded head is for FSDP2 to begin.
         at_once = states.requires_grad and not (sharded or output.logits.requires_grad or entropy_trains)
         output.logits, entropy = _ChunkedLogprobs.apply(
@@ -264,7 +266,7 @@ def _completion_states(
     # in hooks of its own, so ours run before those.
     below = trunk.register_forward_hook(narrow, prepend=True)
     above = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(below), _hook(above), _fed(model, batch) as (fed, inputs):
+    with _hook(below), _hook(above), by_onednn(model), _fed(model, batch) as (fed, inputs):
         logprobs = model(**inputs, use_cache=False).logits
     return logprobs, entropies[0], seen[0][1]
 
@@ -498,7 +500,13 @@ def _head_outputs(model: nn.Module, batch: Padded) -> Tensor:
     # in hooks of its own, so ours run before those.
     widened = score_head(model).register_forward_hook(in_fp32, prepend=True)
     returned = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(widened), _hook(returned), _pools_anything(model), _fed(model, batch) as (fed, inputs):
+    with (
+        _hook(widened),
+        _hook(returned),
+        _pools_anything(model),
+        by_onednn(model),
+        _fed(model, batch) as (fed, inputs),
+    ):
         return model(**inputs, use_cache=False).logits
 
 
@@ -508,20 +516,6 @@ def _hook(handle: RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """In this context `module` computes `forward`."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fourscore.errors import FourscoreError
-from fourscore.models.forward import forward_as
+from fourscore.models.forward_as import forward_as
 
 
 def bottom_parameters(model: nn.Module, n: int) -> list[nn.Parameter]:

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from fourscore.models.onednn import has_products, product
+
 _ROWS = 16
 """For which the blocks are chosen; other numbers of rows work as well."""
 
@@ -25,7 +27,7 @@ def packable(model: nn.Module) -> dict[str, nn.Module]:
     Args:
         model: PEFT or plain.
     """
-    if torch.is_autocast_enabled("cpu") or not _has_kernels():
+    if torch.is_autocast_enabled("cpu") or not has_products():
         return {}
     found: dict[str, nn.Module] = {}
     below: list[str] = []
@@ -65,12 +67,6 @@ def packed(model: nn.Module) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def _has_kernels() -> bool:
-    """Whether this CPU has oneDNN's; torch's names for them are those that its compiler uses."""
-    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return fast and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def _linear(module: Any) -> nn.Linear:
     return module.get_base_layer() if isinstance(module, LoraLinear) else module
 
@@ -93,6 +89,6 @@ def _product(module: Any) -> Callable[..., Tensor]:
     bias = linear.bias
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+        return product(x, blocks, bias)
 
     return forward

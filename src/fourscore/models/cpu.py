@@ -1,0 +1,11 @@
+"""What Linux says of the processor."""
+
+from pathlib import Path
+
+
+def cpu_info() -> str:
+    """The text of /proc/cpuinfo; empty where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,91 @@
+"""Products by oneDNN on a CPU, where torch would have them from MKL.
+
+MKL brings weights into an order of its own for every product, which takes long where rows are few, and is made for
+processors of Intel.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fourscore.models.cpu import cpu_info
+from fourscore.models.forward_as import forward_as
+
+
+def has_products() -> bool:
+    """Whether oneDNN has fast ones for this CPU; torch's names for them are those that its compiler uses."""
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return fast and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `torch.nn.functional.linear`, without gradients.
+
+    Args:
+        x: `[..., inputs]` fp32.
+        weight: `[outputs, inputs]` fp32, or oneDNN's blocks of it.
+        bias: `[outputs]`.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@contextmanager
+def by_onednn(model: nn.Module | None) -> Iterator[None]:
+    """In this context plain linear layers in fp32 on a CPU multiply by oneDNN, backward passes of it included.
+
+    Not on Intel's processors, nor where a backward pass makes activations again, as that would be without this context.
+
+    Args:
+        model: a model or a layer, PEFT or plain.
+    """
+    with ExitStack() as stack:
+        for layer in _layers(model):
+            stack.enter_context(forward_as(layer, partial(_multiply, layer)))
+        yield
+
+
+def _layers(model: nn.Module | None) -> list[nn.Linear]:
+    if model is None or torch.is_autocast_enabled("cpu") or not _pays():
+        return []
+    modules = list(model.modules())
+    if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        return []
+    return [m for m in modules if type(m) is nn.Linear and _fits(m.weight)]
+
+
+@cache
+def _pays() -> bool:
+    return has_products() and "GenuineIntel" not in cpu_info()
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and not isinstance(weight, DTensor)
+
+
+def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _Multiply.apply(x, layer.weight, layer.bias)
+
+
+class _Multiply(torch.autograd.Function):
+    """`product` with gradients. That of the weights is MKL's, which is as fast: the operands of it are all new."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            product(grad, weight.t(), None) if of_x else None,
+            rows.t() @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
