@@ -1,7 +1,7 @@
 """Rollout with the policy in this process: by `decode`, or by its own `generate` where that does not fit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fourscore.models.forward import without_peft
+from fourscore.models.onednn import by_onednn
 from fourscore.models.packed import packed
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
@@ -84,7 +85,7 @@ def generate(
     exact = _is_exact(policy)
     # Our own decoding takes further prompts as rows become free; `generate` takes them when a batch is done.
     size = len(order) if ours else sampling.batch_size
-    with packed(policy) if pack and not synced else nullcontext():
+    with packed(policy) if pack and not synced else by_onednn(policy):
         for start in range(0, len(order), size):
             group = order[start : start + size]
             some = [prompts[i] for i in group]
