@@ -1,7 +1,7 @@
 """Products by oneDNN on a CPU, where torch would have them from MKL.
 
 MKL brings weights into an order of its own for every product, which takes long where rows are few, and is made for
-processors of Intel.
+Intel: on AMD it is the slower one of the two at any number of rows (`benchmarks/products.py`).
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def by_onednn(model: nn.Module | None) -> Iterator[None]:
     """In this context plain linear layers in fp32 on a CPU multiply by oneDNN, backward passes of it included.
 
-    Not on Intel's processors, nor where a backward pass makes activations again, as that would be without this context.
+    Only on processors of AMD, and not where a backward pass makes activations again: it would be out of this context.
 
     Args:
         model: a model or a layer, PEFT or plain.
@@ -60,7 +60,7 @@ def _layers(model: nn.Module | None) -> list[nn.Linear]:
 
 @cache
 def _pays() -> bool:
-    return has_products() and "GenuineIntel" not in cpu_info()
+    return has_products() and "AuthenticAMD" in cpu_info()
 
 
 def _fits(weight: Tensor) -> bool:
@@ -72,7 +72,7 @@ def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """`product` with gradients. That of the weights is MKL's, which is as fast: the operands of it are all new."""
+    """`product` with gradients; that of the weights is torch's own, for which oneDNN is no faster."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
