@@ -1,21 +1,26 @@
 """Products by oneDNN: same numbers and gradients as torch's own, where they are made and where they are not."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from test_forward import PROMPT_LENS, SAMPLES, TOKENIZER, in_training
-from tiny import make_model
+from test_forward import EOS, PROMPT_LENS, SAMPLES, TOKENIZER, in_training
+from tiny import make_encoder, make_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
 from fourscore.models import onednn
 from fourscore.models.adapters import add_policy_adapter
 from fourscore.models.forward import completion_logprobs, completion_values, rectangle, sample_scores
 from fourscore.models.onednn import by_onednn, has_products
+from fourscore.rewards.text_model import text_scores
+from fourscore.rollout.sampling import Sampling
+from fourscore.rollout.transformers import generate
 
 pytestmark = pytest.mark.skipif(not has_products(), reason="this CPU has no such products (AVX2 and oneDNN)")
 
@@ -70,15 +75,19 @@ def test_a_frozen_layer_keeps_no_inputs() -> None:
 
 
 def test_every_linear_layer_of_a_pass_multiplies_so_and_is_itself_again_afterwards(
-    multiplied: list[torch.Size],
+    multiplied: list[torch.Size], tmp_path: Path
 ) -> None:
     policy = add_policy_adapter(make_model("llama", TOKENIZER, "policy"), LoraConfig(r=4, target_modules=["q_proj"]))
     critic = in_training(make_model("llama", TOKENIZER, "reward"))
+    encoder = AutoModelForSequenceClassification.from_pretrained(make_encoder(tmp_path)).eval()
     batch = rectangle(SAMPLES, PROMPT_LENS)
+    sampling = Sampling(2, 1.0, (), EOS, 4)
     passes: list[tuple[Any, Any]] = [
         (policy, lambda: completion_logprobs(policy, batch, 0.7)),
         (critic, lambda: completion_values(critic, batch)),
         (critic, lambda: sample_scores(critic, SAMPLES)),
+        (policy, lambda: generate(policy, [[5, 6, 7]], sampling, pack=False)),
+        (encoder, lambda: text_scores(encoder, [{"input_ids": [5, 6, 7]}], 1)),
     ]
     for model, run in passes:
         linear = [m for m in model.modules() if type(m) is nn.Linear]

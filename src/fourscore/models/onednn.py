@@ -1,7 +1,8 @@
 """Products by oneDNN on a CPU, where torch would have them from MKL.
 
 MKL brings weights into an order of its own for every product, which takes long where rows are few, and is made for
-Intel: on AMD it is the slower one of the two at any number of rows (`benchmarks/products.py`).
+Intel: on AMD oneDNN was faster for all numbers of rows that were tried, but for the gradients of weights
+(`benchmarks/products.py`).
 """
 
 from collections.abc import Iterator

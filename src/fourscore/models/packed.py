@@ -5,13 +5,14 @@ of oneDNN (`make bench-rollout`). The copy lives as long as a rollout; the polic
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from fourscore.models.forward_as import forward_as
 from fourscore.models.onednn import has_products, product
 
 _ROWS = 16
@@ -57,14 +58,10 @@ def packed(model: nn.Module) -> Iterator[None]:
     Args:
         model: PEFT or plain, in evaluation mode.
     """
-    layers = packable(model)
-    try:
-        for module in layers.values():
-            module.forward = _product(module)  # an attribute of the object: what its class has comes back below
+    with ExitStack() as stack:
+        for module in packable(model).values():
+            stack.enter_context(forward_as(module, _product(module)))
         yield
-    finally:
-        for module in layers.values():
-            vars(module).pop("forward", None)
 
 
 def _linear(module: Any) -> nn.Linear:
