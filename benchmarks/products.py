@@ -57,7 +57,8 @@ def main() -> None:
             cells = (f"{mkl:.0f} {onednn:.0f}" for mkl, onednn in rates)
             table.add_row(name, str(inputs), str(outputs), str(rows), *cells)
     console = Console()
-    console.print(f"{torch.get_num_threads()} threads, GFLOP/s by MKL and by oneDNN")
+    capability = torch.backends.cpu.get_cpu_capability()
+    console.print(f"{torch.get_num_threads()} threads, {capability}, GFLOP/s by MKL and by oneDNN")
     console.print(table)
 
 

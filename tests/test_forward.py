@@ -345,8 +345,12 @@ def test_a_frozen_head_is_gone_through_once(arch: str, chunk: int, monkeypatch: 
     assert sum(rows) == 28, "made again where entropies train"
     handle.remove()
     plain = plain_logprobs(model, 0.7)
-    assert_close(logprobs, plain[0], rtol=1e-10, atol=1e-10)
-    assert_close(got, gradients((plain[0] * weights).sum()), rtol=1e-8, atol=1e-10)
+    if arch == "gemma2":  # its softmax is in fp32 whatever the model is in, and sums longer rows in another order
+        same, same_slopes = {"rtol": 1e-6, "atol": 1e-6}, {"rtol": 1e-4, "atol": 1e-6}
+    else:
+        same, same_slopes = {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-8, "atol": 1e-10}
+    assert_close(logprobs, plain[0], **same)
+    assert_close(got, gradients((plain[0] * weights).sum()), **same_slopes)
     plain = plain_logprobs(model, 0.7)
     assert_close(got_both, gradients(sum((each * weights).sum() for each in plain)), rtol=1e-4, atol=1e-6)
     assert max(g.abs().max() for g in got.values()) > 0.1

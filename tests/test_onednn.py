@@ -27,11 +27,12 @@ pytestmark = pytest.mark.skipif(not has_products(), reason="this CPU has no such
 
 @pytest.fixture(autouse=True)
 def other_vendor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A processor on which these products are made."""
+    """A processor on which these products are made, of all weights."""
     monkeypatch.setattr(onednn, "cpu_info", lambda: "vendor_id : AuthenticAMD")
-    onednn._pays.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    onednn._least_weights.cache_clear()
     yield
-    onednn._pays.cache_clear()
+    onednn._least_weights.cache_clear()
 
 
 @pytest.fixture
@@ -119,3 +120,17 @@ def test_torch_multiplies_as_ever_where_it_would_not_fit(
         with torch.no_grad():
             completion_values(model, batch)
         assert multiplied
+
+
+@pytest.mark.parametrize("inputs", [1024, 1023])
+def test_without_avx512_only_large_weights_multiply_so(
+    inputs: int, multiplied: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    onednn._least_weights.cache_clear()
+    layer = nn.Linear(inputs, 4096)
+    x = torch.randn(3, inputs)
+    with torch.no_grad(), by_onednn(layer):
+        y = layer(x)
+    assert len(multiplied) == (inputs == 1024)
+    assert_close(y, F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)

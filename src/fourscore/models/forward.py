@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
 from fourscore.models.forward_as import forward_as
+from fourscore.models.in_place import embedding_gradient_in_place, head_gradient_in_place
 from fourscore.models.onednn import by_onednn
 from fourscore.models.support import Support
 from fourscore.models.unpadded import Layout, attention_within, can_unpad
@@ -266,7 +267,13 @@ def _completion_states(
     # in hooks of its own, so ours run before those.
     below = trunk.register_forward_hook(narrow, prepend=True)
     above = base.register_forward_hook(hand_over, prepend=True)
-    with _hook(below), _hook(above), by_onednn(model), _fed(model, batch) as (fed, inputs):
+    with (
+        _hook(below),
+        _hook(above),
+        by_onednn(model),
+        embedding_gradient_in_place(model),
+        _fed(model, batch) as (fed, inputs),
+    ):
         logprobs = model(**inputs, use_cache=False).logits
     return logprobs, entropies[0], seen[0][1]
 
@@ -336,7 +343,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         pieces = []
         for some, chosen, grads, entropy_grads, within in zip(*chunks, of_entropy, ctx.supports, strict=True):
             some = some.detach().requires_grad_()
-            with torch.enable_grad(), ctx.autocast(), _gradient_in_place(ctx.head):
+            with torch.enable_grad(), ctx.autocast(), head_gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
             slope = _scaled(logits.detach()[0], ctx.temperature, within)
             slope -= slope.amax(1, keepdim=True)
@@ -375,30 +382,6 @@ def _entropy_slope(logits: Tensor, grads: Tensor) -> Tensor:
     logp.masked_fill_(p == 0, 0)  # p log p is 0 there, and not 0 times minus infinity
     entropy = -(p * logp).sum(1, keepdim=True)
     return p.mul_(logp.add_(entropy)).mul_(-grads[:, None])
-
-
-@contextmanager
-def _gradient_in_place(head: Any) -> Iterator[None]:
-    """In this context a plain head's gradient will be added to the `.grad` it has, without a second `[V, d]` tensor."""
-    weight = head.weight if type(head) is nn.Linear and head.bias is None else None
-    if weight is None or not weight.requires_grad or weight.grad is None or isinstance(weight, DTensor):
-        yield
-        return
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        states = args[0].detach()
-
-        def add(slope: Tensor) -> None:
-            weight.grad.addmm_(slope.flatten(0, -2).T.to(weight.dtype), states.flatten(0, -2).to(weight.dtype))
-
-        output.register_hook(add)
-
-    weight.requires_grad_(False)
-    try:
-        with _hook(head.register_forward_hook(keep)):
-            yield
-    finally:
-        weight.requires_grad_(True)
 
 
 def _scaled(logits: Tensor, temperature: float, support: Support | None) -> Tensor:
@@ -505,6 +488,7 @@ def _head_outputs(model: nn.Module, batch: Padded) -> Tensor:
         _hook(returned),
         _pools_anything(model),
         by_onednn(model),
+        embedding_gradient_in_place(model),
         _fed(model, batch) as (fed, inputs),
     ):
         return model(**inputs, use_cache=False).logits

@@ -1,10 +1,11 @@
 """Products by oneDNN on a CPU, where torch would have them from MKL.
 
 MKL brings weights into an order of its own for every product, which takes long where rows are few, and is made for
-Intel: on AMD oneDNN was faster for all numbers of rows that were tried, but for the gradients of weights
-(`benchmarks/products.py`).
+Intel. On AMD oneDNN was faster for all numbers of rows that were tried, but for the gradients of weights: with AVX-512
+for all weights, without it for large ones (`benchmarks/products.py`).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -16,6 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from fourscore.models.cpu import cpu_info
 from fourscore.models.forward_as import forward_as
+
+_LARGE = 2**22
+"""Numbers in a weight matrix: that many do not fit into the caches of a core."""
 
 
 def has_products() -> bool:
@@ -39,7 +43,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def by_onednn(model: nn.Module | None) -> Iterator[None]:
     """In this context plain linear layers in fp32 on a CPU multiply by oneDNN, backward passes of it included.
 
-    Only on processors of AMD, and not where a backward pass makes activations again: it would be out of this context.
+    Only on processors of AMD, without AVX-512 only with large weights; and not where a backward pass makes activations
+    again: it would be out of this context.
 
     Args:
         model: a model or a layer, PEFT or plain.
@@ -51,7 +56,7 @@ def by_onednn(model: nn.Module | None) -> Iterator[None]:
 
 
 def _layers(model: nn.Module | None) -> list[nn.Linear]:
-    if model is None or torch.is_autocast_enabled("cpu") or not _pays():
+    if model is None or torch.is_autocast_enabled("cpu"):
         return []
     modules = list(model.modules())
     if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in modules):
@@ -60,12 +65,16 @@ def _layers(model: nn.Module | None) -> list[nn.Linear]:
 
 
 @cache
-def _pays() -> bool:
-    return has_products() and "AuthenticAMD" in cpu_info()
+def _least_weights() -> float:
+    """Numbers in the smallest weight matrix for which it pays; infinity where it never does."""
+    if not has_products() or "AuthenticAMD" not in cpu_info():
+        return math.inf
+    return 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _LARGE
 
 
 def _fits(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and not isinstance(weight, DTensor)
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and not isinstance(weight, DTensor)
+    return plain and weight.numel() >= _least_weights()
 
 
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
