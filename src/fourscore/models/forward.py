@@ -160,7 +160,8 @@ def completion_logprobs(
 
     Where the batch has a support, the distribution is that of the logits in it, renormalised.
 
-    The gradient of the head is added to its parameters' `.grad` by `backward()`; `torch.autograd.grad` does not see it.
+    Gradients of the head and, on a CPU, of the input embedding are added to their parameters' `.grad` by `backward()`;
+    `torch.autograd.grad` does not see them.
 
     Args:
         model: a causal LM, PEFT or plain.
@@ -399,6 +400,9 @@ def _with_states(output: Any, states: Tensor) -> Any:
 
 def completion_values(model: nn.Module, batch: Rectangle) -> Tensor:
     """Value of the state in which each completion token was chosen: the head on every such position.
+
+    On a CPU the gradient of the input embedding is added to its `.grad` by `backward()`; `torch.autograd.grad` does not
+    see it.
 
     Args:
         model: a sequence classifier with one label, PEFT or plain.

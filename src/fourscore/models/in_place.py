@@ -47,24 +47,28 @@ def head_gradient_in_place(head: Any) -> Iterator[None]:
 
 @contextmanager
 def embedding_gradient_in_place(model: Any) -> Iterator[None]:
-    """In this context a plain input embedding on a CPU has its rows of the gradient added, where `.grad` has them.
+    """In this context the gradient of a plain input embedding on a CPU will be added to the rows of its `.grad`.
 
-    On a CPU a fresh tensor of the whole table takes longer than anything else that an embedding does; on a GPU adding
-    rows is not deterministic.
+    There a fresh tensor of the whole table takes longer than anything else that an embedding does. On a GPU autograd
+    keeps making one: adding rows is not deterministic there.
 
     Args:
         model: with an input embedding, PEFT or plain.
     """
-    embedding = model.get_input_embeddings()
-    # With defaults: no norm to keep, no scaling by frequency.
-    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
-    weight = embedding.weight
-    trains = torch.is_grad_enabled() and weight.requires_grad
-    if not (plain and trains) or weight.device.type != "cpu" or isinstance(weight, DTensor):
+    embedding = model.get_input_embeddings() if torch.is_grad_enabled() else None
+    if embedding is None or not _is_plain(embedding):
         yield
         return
     with forward_as(embedding, partial(_rows, embedding)):
         yield
+
+
+def _is_plain(embedding: Any) -> bool:
+    """Whether it trains, on a CPU, whole, and with defaults: no norm to keep, no scaling by frequency."""
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        return False
+    weight = embedding.weight
+    return weight.requires_grad and weight.device.type == "cpu" and not isinstance(weight, DTensor)
 
 
 def _rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
