@@ -56,7 +56,7 @@ def by_onednn(model: nn.Module | None) -> Iterator[None]:
 
 
 def _layers(model: nn.Module | None) -> list[nn.Linear]:
-    if model is None or torch.is_autocast_enabled("cpu"):
+    if model is None or torch.is_autocast_enabled("cpu") or math.isinf(_least_weights()):
         return []
     modules = list(model.modules())
     if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in modules):
