@@ -157,8 +157,8 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "Samples of the greatest length generated or scored at a time, per process."
         ),
         "pack_rollout_weights": _changed(
-            "On a CPU in fp32, draw samples with a copy of the policy's weights made for that, adapters folded in.",
-            "Not in TRL. Faster rollouts (docs/benchmarks.md); the plan says what the copy takes. No effect on a GPU.",
+            "On a CPU in fp32, copy weights for a rollout where that makes it faster: adapters folded in, or packed.",
+            "Not in TRL. Faster rollouts (docs/rollout.md); the plan says what the copy takes. No effect on a GPU.",
         ),
         "keep_freed_memory": _changed(
             "On a CPU, use memory again that a forward or backward pass has freed, and give it back after each phase.",

@@ -1,7 +1,8 @@
-"""A private copy of a policy's linear layers, packed for the few rows of a decoding step, adapters folded in.
+"""How a policy's linear layers multiply on a CPU while it decodes: few rows, and adapters folded in.
 
-A product of a few rows with weights as they lie in a checkpoint is slower on a CPU than one with weights in the blocks
-of oneDNN (`make bench-rollout`). The copy lives as long as a rollout; the policy itself stays as it is.
+By `few_rows` where that has its kernel: weights are taken as they lie, and those with an adapter on them from a private
+copy with the adapter folded in. Elsewhere all are copied, into the blocks of oneDNN. A copy lives as long as a rollout;
+the policy itself stays as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,15 +13,16 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from fourscore.models import few_rows
 from fourscore.models.forward_as import forward_as
-from fourscore.models.onednn import has_products, product
+from fourscore.models.onednn import by_onednn, has_products, linear, product
 
 _ROWS = 16
 """For which the blocks are chosen; other numbers of rows work as well."""
 
 
 def packable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers, by name, of which `packed` makes a copy: plain linear layers in fp32 on a CPU, LoRA on them or not.
+    """The layers that `packed` is for, by name: plain linear layers in fp32 on a CPU, LoRA on them or not.
 
     Weights on the meta device count, too, so that a plan sees the same layers. Under autocast there are none, because
     it would multiply in another dtype.
@@ -38,30 +40,49 @@ def packable(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, LoraLinear):
             # What is not packed as a whole is left alone, with the layers that it consists of.
             below.append(name)
-            linear, fits = module.get_base_layer(), _folds(module)
+            plain, fits = module.get_base_layer(), _folds(module)
         else:
-            linear, fits = module, type(module) is nn.Linear
-        if fits and linear.weight.dtype == torch.float32 and linear.weight.device.type in ("cpu", "meta"):
+            plain, fits = module, type(module) is nn.Linear
+        if fits and _is_fp32(plain.weight, "cpu", "meta"):
             found[name] = module
     return found
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """What the copy takes."""
-    return sum(4 * _linear(module).weight.numel() for module in packable(model).values())
+    """What the copies take."""
+    copied = [m for m in packable(model).values() if isinstance(m, LoraLinear) or not few_rows.can_multiply()]
+    return sum(4 * _linear(module).weight.numel() for module in copied)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """In this context the layers of `packable` multiply with the copy; without gradients.
+def packed(model: nn.Module, *, copy: bool = True) -> Iterator[None]:
+    """In this context the layers of `packable` multiply as is best for decoding; without gradients.
 
     Args:
         model: PEFT or plain, in evaluation mode.
+        copy: weights may be copied.
     """
     with ExitStack() as stack:
-        for module in packable(model).values():
-            stack.enter_context(forward_as(module, _product(module)))
+        if copy:
+            for module in packable(model).values():
+                stack.enter_context(forward_as(module, _product(module)))
+        elif (plain := _plain(model)) and few_rows.can_multiply():
+            for module in plain:
+                stack.enter_context(forward_as(module, _of_few_rows(module.weight, module.bias)))
+        else:
+            stack.enter_context(by_onednn(model))
         yield
+
+
+def _plain(model: nn.Module) -> list[nn.Linear]:
+    """Plain linear layers in fp32 on a CPU, those that adapters consist of and stand on included."""
+    if torch.is_autocast_enabled("cpu"):
+        return []
+    return [m for m in model.modules() if type(m) is nn.Linear and _is_fp32(m.weight, "cpu")]
+
+
+def _is_fp32(weight: Tensor, *devices: str) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type in devices
 
 
 def _linear(module: Any) -> nn.Linear:
@@ -76,16 +97,21 @@ def _folds(module: Any) -> bool:
 
 @torch.no_grad()
 def _product(module: Any) -> Callable[..., Tensor]:
-    linear = _linear(module)
-    weight = linear.weight.detach()
+    weight, bias = _linear(module).weight.detach(), _linear(module).bias
     if isinstance(module, LoraLinear) and not module.disable_adapters:
         for name in module.active_adapters:
             if name in module.lora_A:
                 weight = weight + module.get_delta_weight(name)
+    if few_rows.can_multiply():
+        return _of_few_rows(weight, bias)
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-    bias = linear.bias
+    return lambda x, *args, **kwargs: product(x, blocks, bias)
 
+
+def _of_few_rows(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return product(x, blocks, bias)
+        if few_rows.fits(x, weight):
+            return few_rows.product(x, weight, bias)
+        return linear(x, weight, bias)
 
     return forward

@@ -30,7 +30,7 @@ class InProcess:
             policy: a causal LM, PEFT or plain.
             autocast: makes the context of its forward passes.
             synced: every process decodes until the last one is done, which sharded models need.
-            pack: on a CPU in fp32, multiply with a copy of the weights that is made for it; not with `synced`.
+            pack: on a CPU in fp32, copy weights where multiplying with a copy is faster; not with `synced`.
         """
         self._policy, self._autocast, self._synced, self._pack = policy, autocast, synced, pack
 
@@ -69,7 +69,7 @@ def generate(
         sampling: how to draw.
         synced: every process decodes until the last one is done, which sharded models need.
         keep_support: keep what every token was drawn from, where that is not the whole vocabulary; logprobs need it.
-        pack: on a CPU in fp32, multiply with a copy of the weights that is made for it; not with `synced`.
+        pack: on a CPU in fp32, copy weights where multiplying with a copy is faster; not with `synced`.
 
     Returns:
         experience with ids, lengths and support filled in, samples in the order of `prompts`; and logprobs, where they
@@ -85,7 +85,7 @@ def generate(
     exact = _is_exact(policy)
     # Our own decoding takes further prompts as rows become free; `generate` takes them when a batch is done.
     size = len(order) if ours else sampling.batch_size
-    with packed(policy) if pack and not synced else by_onednn(policy):
+    with by_onednn(policy) if synced else packed(policy, copy=pack):
         for start in range(0, len(order), size):
             group = order[start : start + size]
             some = [prompts[i] for i in group]
