@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from fourscore.models import few_rows
+from fourscore.models import few_rows, kernels
 from fourscore.models.onednn import product
 
 ROUNDS = 15
@@ -43,7 +43,7 @@ def seconds(systems: list[Callable[[], Tensor]]) -> list[float]:
 def by_few_rows(layers: dict[str, tuple[int, int]], counts: list[int]) -> Table:
     """GB of weights a second for each layer and number of rows."""
     table = Table("", "inputs", "outputs", "rows", "GB/s", "GFLOP/s")
-    multiplies = few_rows._kernel() is not None  # also on processors for which it is not taken
+    multiplies = kernels.library() is not None  # also on processors for which it is not taken
     for name, (inputs, outputs) in layers.items():
         weights = torch.randn(max(2, BEYOND_CACHES // (4 * inputs * outputs)), outputs, inputs).unbind()
         blocks = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]

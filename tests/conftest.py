@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before transformers is imported: no test may reach for the hub, and forked workers stay quiet.
@@ -12,7 +13,28 @@ import pytest
 import torch
 from tiny import make_checkpoint
 
+from fourscore.models import kernels
+from fourscore.models.onednn import has_products
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kernels_would_do(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A processor on which the kernels for decoding are used."""
+    if not sys.platform.startswith("linux") or not has_products():
+        pytest.skip("not Linux, or no AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    yield
+    # What a test has made of the PATH is not to stay.
+    kernels.library.cache_clear()
+
+
+@pytest.fixture
+def kernels_are_there(kernels_would_do: None) -> None:
+    """And a compiler that has made them."""
+    if not kernels.are_there():
+        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, make_model, make_tokenizer
 from torch import nn
 
-from fourscore.models import few_rows
+from fourscore.models import few_rows, kernels
 from fourscore.models.packed import packable, packed, packed_bytes
 
 TOKENIZER = make_tokenizer("own")
@@ -21,15 +21,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "can_multiply", lambda: False)
+    monkeypatch.setattr(kernels, "are_there", lambda: False)
 
 
 @pytest.fixture
-def with_kernel(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+def with_kernel(kernels_are_there: None, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Weights that the kernel multiplies with, by shape."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    if not few_rows.can_multiply():
-        pytest.skip("no kernel: no C++ compiler")
     seen: list[torch.Size] = []
     own = few_rows.product
 

@@ -1,6 +1,6 @@
 """How a policy's linear layers multiply on a CPU while it decodes: few rows, and adapters folded in.
 
-By `few_rows` where that has its kernel: weights are taken as they lie, and those with an adapter on them from a private
+By `few_rows` where there are kernels: weights are taken as they lie, and those with an adapter on them from a private
 copy with the adapter folded in. Elsewhere all are copied, into the blocks of oneDNN. A copy lives as long as a rollout;
 the policy itself stays as it is.
 """
@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from fourscore.models import few_rows
+from fourscore.models import few_rows, kernels
 from fourscore.models.forward_as import forward_as
 from fourscore.models.onednn import by_onednn, has_products, linear, product
 
@@ -50,7 +50,7 @@ def packable(model: nn.Module) -> dict[str, nn.Module]:
 
 def packed_bytes(model: nn.Module) -> int:
     """What the copies take."""
-    copied = [m for m in packable(model).values() if isinstance(m, LoraLinear) or not few_rows.can_multiply()]
+    copied = [m for m in packable(model).values() if isinstance(m, LoraLinear) or not kernels.are_there()]
     return sum(4 * _linear(module).weight.numel() for module in copied)
 
 
@@ -66,7 +66,7 @@ def packed(model: nn.Module, *, copy: bool = True) -> Iterator[None]:
         if copy:
             for module in packable(model).values():
                 stack.enter_context(forward_as(module, _product(module)))
-        elif (plain := _plain(model)) and few_rows.can_multiply():
+        elif (plain := _plain(model)) and kernels.are_there():
             for module in plain:
                 stack.enter_context(forward_as(module, _of_few_rows(module.weight, module.bias)))
         else:
@@ -102,7 +102,7 @@ def _product(module: Any) -> Callable[..., Tensor]:
         for name in module.active_adapters:
             if name in module.lora_A:
                 weight = weight + module.get_delta_weight(name)
-    if few_rows.can_multiply():
+    if kernels.are_there():
         return _of_few_rows(weight, bias)
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return lambda x, *args, **kwargs: product(x, blocks, bias)

@@ -87,16 +87,25 @@ class Layout:
 @contextmanager
 def attention_within(model: nn.Module, layout: Layout) -> Iterator[None]:
     """In this context the attention of a model that can unpad stays within samples, which stand in one row."""
+    token = _layout.set(layout)
+    try:
+        with attention_is(model, _NAME):
+            yield
+    finally:
+        _layout.reset(token)
+
+
+@contextmanager
+def attention_is(model: nn.Module, name: str) -> Iterator[None]:
+    """In this context a model's attention is that of a registered name, where else it is "sdpa"."""
     # Layers may have a config of their own.
     found = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
     configs = [c for c in found.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
-    token = _layout.set(layout)
     try:
         for config in configs:
-            config._attn_implementation = _NAME
+            config._attn_implementation = name
         yield
     finally:
-        _layout.reset(token)
         for config in configs:
             config._attn_implementation = "sdpa"
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fourscore.models.forward import microbatches, without_peft
+from fourscore.models.one_token import seen_from
 from fourscore.models.support import Support
 from fourscore.rollout.sampling import Completed, Sampling, draw, has_ended, restrict_
 
@@ -158,7 +159,8 @@ class _Rows:
             self._move_to_front()
         begins = torch.tensor(self.begins, device=tokens.device)[:, None]
         mask = (torch.arange(self.filled + 1, device=tokens.device) >= begins).long()
-        logits = self._logits(policy, tokens[:, None], mask, self.filled - begins)
+        with seen_from(begins[:, 0]):
+            logits = self._logits(policy, tokens[:, None], mask, self.filled - begins)
         self.filled += 1
         return logits
 

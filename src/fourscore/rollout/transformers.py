@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fourscore.models.forward import without_peft
+from fourscore.models.one_token import attention_of_one_token
 from fourscore.models.onednn import by_onednn
 from fourscore.models.packed import packed
 from fourscore.models.support import Support
@@ -90,7 +91,8 @@ def generate(
             group = order[start : start + size]
             some = [prompts[i] for i in group]
             if ours:
-                found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
+                with attention_of_one_token(policy):
+                    found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
             else:
                 found = _generate(policy, some, sampling, keep_support, synced)
             completions |= zip(group, found.completions, strict=True)

@@ -1,4 +1,4 @@
-// y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k] for few rows r, with weights as they lie, each read once.
+// What decoding spends its time with: products of few rows, and attention of one token.
 
 namespace {
 
@@ -8,6 +8,14 @@ constexpr int STRIP = 16;     // rows of x that stand side by side for `across`
 constexpr int STRIP_FROM = 9; // fewer are as fast, or faster, by `along`
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+inline float total(Lanes v) {
+  typedef float Half __attribute__((vector_size(2 * LANES)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof v);
+  const Half sum = halves[0] + halves[1];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
 
 struct Shape {
   long rows, outputs, inputs;
@@ -36,8 +44,7 @@ inline void along(const float *x, const float *weight, const float *bias, float 
   }
   for (int n = 0; n < N; n++)
     for (int r = 0; r < R; r++) {
-      float sum = bias ? bias[n] : 0;
-      for (int lane = 0; lane < LANES; lane++) sum += sums[n][r][lane];
+      float sum = (bias ? bias[n] : 0) + total(sums[n][r]);
       for (long j = i; j < k; j++) sum += weight[n * k + j] * x[r * k + j];
       y[r * shape.outputs + n] = sum;
     }
@@ -55,9 +62,10 @@ void some_along(const float *x, const float *weight, const float *bias, float *y
   }
 }
 
-// N outputs of a strip, the lanes across its rows: nothing has to be added up in the end.
+// N outputs of a strip, the lanes across its rows: nothing has to be added up in the end. `step` is from one of a strip's
+// inputs to the next, in floats, `stride` from one output to the next.
 template <int N>
-void across(const float *strip, const float *weight, const float *bias, float *y, Shape shape) {
+inline void across(const float *strip, long step, const float *weight, const float *bias, float *y, long stride, Shape shape) {
   constexpr int M = STRIP / LANES;
   const long k = shape.inputs;
   const float *next = weight + OUTPUTS * k;
@@ -65,7 +73,7 @@ void across(const float *strip, const float *weight, const float *bias, float *y
   for (long i = 0; i < k; i++) {
     Lanes values[M];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) values[m] = reinterpret_cast<const Lanes *>(strip + i * STRIP)[m];
+    for (int m = 0; m < M; m++) values[m] = reinterpret_cast<const Lanes *>(strip + i * step)[m];
     if (i % 16 == 0)
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) __builtin_prefetch(next + n * k + i);
@@ -76,12 +84,13 @@ void across(const float *strip, const float *weight, const float *bias, float *y
   }
   for (int n = 0; n < N; n++)
     for (long r = 0; r < shape.rows; r++)
-      y[r * shape.outputs + n] = (bias ? bias[n] : 0) + sums[n][r / LANES][r % LANES];
+      y[r * shape.outputs + n * stride] = (bias ? bias[n] : 0) + sums[n][r / LANES][r % LANES];
 }
 
 } // namespace
 
-// `strips` has room for all rows of x and 15 more.
+// y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k], with weights as they lie, each read once. A strip for each
+// full STRIP of rows, and for what is left if it is enough; `strips` has room for all rows of x and 15 more.
 extern "C" void few_rows(const float *x, const float *weight, const float *bias, float *y, float *strips, long rows,
                          long outputs, long inputs, int threads) {
   const long rest = rows % STRIP;
@@ -107,9 +116,9 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
         const float *strip = strips + first * inputs;
         float *to = y + first * outputs + n;
         if (whole)
-          across<OUTPUTS>(strip, w, b, to, shape);
+          across<OUTPUTS>(strip, STRIP, w, b, to, 1, shape);
         else
-          for (long j = 0; j < outputs - n; j++) across<1>(strip, w + j * inputs, b ? b + j : b, to + j, shape);
+          for (long j = 0; j < outputs - n; j++) across<1>(strip, STRIP, w + j * inputs, b ? b + j : b, to + j, 1, shape);
       }
       const Shape shape = {rows - in_strips, outputs, inputs};
       const float *from = x + in_strips * inputs;
@@ -119,6 +128,35 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
           some_along<3>(from, w + j * inputs, b ? b + j : b, to + j, shape);
         else
           some_along<1>(from, w + j * inputs, b ? b + j : b, to + j, shape);
+    }
+  }
+}
+
+// What one new token of each row gets from attention to those of the row that are there from `begins` on. Keys and values:
+// `[rows, heads, capacity, size]`; q and y: `[rows, heads * group, size]`; scores: `[rows, heads * group, tokens]`.
+extern "C" void attend(const float *q, const float *keys, const float *values, float *y, float *scores, const long *begins,
+                       long rows, long heads, long group, long tokens, long capacity, long size, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long task = 0; task < rows * heads; task++) {
+    const long begin = begins[task / heads], seen = tokens - begin, whole = seen - seen % 3;
+    const float *k = keys + (task * capacity + begin) * size, *v = values + (task * capacity + begin) * size;
+    const float *from = q + task * group * size;
+    float *to = y + task * group * size, *weights = scores + task * group * tokens;
+    const Shape dots = {group, seen, size};
+    for (long t = 0; t < whole; t += 3) some_along<3>(from, k + t * size, nullptr, weights + t, dots);
+    for (long t = whole; t < seen; t++) some_along<1>(from, k + t * size, nullptr, weights + t, dots);
+    for (long h = 0; h < group; h++) {
+      float *w = weights + h * seen, most = w[0], sum = 0;
+      for (long t = 1; t < seen; t++) most = w[t] > most ? w[t] : most;
+      for (long t = 0; t < seen; t++) sum += w[t] = __builtin_expf((w[t] - most) * scale);
+      for (long t = 0; t < seen; t++) w[t] /= sum;
+    }
+    const Shape mixed = {STRIP, 1, seen};
+    for (long column = 0; column < size; column += STRIP) {
+      long h = 0;
+      for (; group - h >= 4; h += 4) across<4>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
+      for (; group - h >= 3; h += 3) across<3>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
+      for (; h < group; h++) across<1>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
     }
   }
 }

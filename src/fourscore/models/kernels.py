@@ -1,0 +1,92 @@
+"""Kernels of our own for decoding on a CPU, `kernels.cpp`, which a C++ compiler makes when they are first needed."""
+
+import ctypes
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+STRIP = 16
+"""Rows, or columns, that a kernel takes side by side."""
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_ARGUMENTS = {
+    "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, ctypes.c_int],
+    "attend": [*[_POINTER] * 6, *[_LONG] * 6, ctypes.c_float, ctypes.c_int],
+}
+_OPENMP = ("libgomp", "libiomp", "libomp")
+
+logger = logging.getLogger(__name__)
+
+
+def are_there() -> bool:
+    """Whether kernels can be called: on Linux, with AVX2 and no AVX-512, where they were measured, and a compiler."""
+    return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
+
+
+def call(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel with as many threads as torch has; tensors must be what it says, nothing is checked."""
+    kernel = getattr(library(), name)
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    # A profiler does not see by itself what is not torch's.
+    with record_function(f"fourscore::{name}") if torch.autograd._profiler_enabled() else nullcontext():
+        kernel(*plain, torch.get_num_threads())
+
+
+@cache
+def library() -> Any:
+    """The compiled kernels, None where there are none."""
+    try:
+        return _compiled()
+    except OSError as error:
+        logger.warning(
+            "no kernels for decoding (%s): rollouts on this CPU are slower and keep a copy of the weights, "
+            "--pack_rollout_weights; a C++ compiler named c++, or by CXX, makes them",
+            error,
+        )
+        return None
+
+
+def _compiled() -> Any:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"{compiler[0]} is not on the PATH")
+    source = Path(__file__).with_suffix(".cpp")
+    with TemporaryDirectory() as folder:
+        made, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        # For this very processor, so nothing is kept that another one could load.
+        _run(*compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", str(source), "-o", str(made))
+        # With torch's own OpenMP: the threads of another one would be in the way of those that torch has waiting.
+        _run(*compiler, "-shared", str(made), _openmp(), "-o", str(linked))
+        found = ctypes.CDLL(str(linked))
+    for name, types in _ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    return found
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise OSError(f"{command[0]} failed: {said[-1] if said else done.returncode}")
+
+
+def _openmp() -> str:
+    """The file of the OpenMP that this process has."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith(_OPENMP):
+            return path
+    raise FileNotFoundError("torch has no OpenMP here")

@@ -1,0 +1,77 @@
+"""Attention of one new token of each row to those before it, on a CPU: torch's kernel is made for many new ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fourscore.models import kernels
+from fourscore.models.unpadded import FAMILIES, attention_is
+
+_NAME = "fourscore_one_token"
+
+_begins: ContextVar[Tensor | None] = ContextVar("begins", default=None)
+
+
+@contextmanager
+def attention_of_one_token(model: nn.Module) -> Iterator[None]:
+    """In this context steps with `seen_from` attend by the kernel, where a model allows it; all else is as ever.
+
+    Args:
+        model: PEFT or plain, in evaluation mode.
+    """
+    config: Any = model.config.get_text_config()
+    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    if config.model_type in FAMILIES and plain and not torch.is_autocast_enabled("cpu") and kernels.are_there():
+        with attention_is(model, _NAME):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def seen_from(begins: Tensor) -> Iterator[None]:
+    """A step in which each row sees its columns from `begins` `[rows]` on, and gets one new token."""
+    token = _begins.set(begins)
+    try:
+        yield
+    finally:
+        _begins.reset(token)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: `[rows, heads, tokens, size]` each, to `[rows, new tokens, heads, size]`."""
+    begins = _begins.get()
+    if begins is None or not _fits(query, key, value):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+    rows, heads, _, size = query.shape
+    kept, tokens = key.shape[1:3]
+    scale = kwargs.get("scaling") or size**-0.5
+    query = query.contiguous()
+    y = query.new_empty(rows, 1, heads, size)
+    scores = query.new_empty(rows * heads * tokens)
+    capacity = key.stride(1) // size
+    arguments = rows, kept, heads // kept, tokens, capacity, size, scale
+    kernels.call("attend", query, key, value, y, scores, begins, *arguments)
+    return y, None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """One token, and keys and values in fp32 with room for more behind those of a head, one head after the other."""
+    heads, size = key.shape[1], key.shape[3]
+    capacity = key.stride(1) // size
+    lie = (heads * capacity * size, capacity * size, size, 1)
+    plain = all(type(t) is Tensor and t.dtype == torch.float32 for t in (query, key, value))
+    return plain and query.shape[2] == 1 and size % kernels.STRIP == 0 and key.stride() == value.stride() == lie
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
