@@ -62,10 +62,11 @@ void some_along(const float *x, const float *weight, const float *bias, float *y
   }
 }
 
-// N outputs of a strip, the lanes across its rows: nothing has to be added up in the end. `step` is from one of a strip's
-// inputs to the next, in floats, `stride` from one output to the next.
+// N outputs of a strip, the lanes across its rows: nothing has to be added up in the end. `step` is from one of a
+// strip's inputs to the next, in floats, `stride` from one output to the next.
 template <int N>
-inline void across(const float *strip, long step, const float *weight, const float *bias, float *y, long stride, Shape shape) {
+inline void across(const float *strip, long step, const float *weight, const float *bias, float *y, long stride,
+                   Shape shape) {
   constexpr int M = STRIP / LANES;
   const long k = shape.inputs;
   const float *next = weight + OUTPUTS * k;
@@ -118,7 +119,8 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
         if (whole)
           across<OUTPUTS>(strip, STRIP, w, b, to, 1, shape);
         else
-          for (long j = 0; j < outputs - n; j++) across<1>(strip, STRIP, w + j * inputs, b ? b + j : b, to + j, 1, shape);
+          for (long j = 0; j < outputs - n; j++)
+            across<1>(strip, STRIP, w + j * inputs, b ? b + j : b, to + j, 1, shape);
       }
       const Shape shape = {rows - in_strips, outputs, inputs};
       const float *from = x + in_strips * inputs;
@@ -132,10 +134,12 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
   }
 }
 
-// What one new token of each row gets from attention to those of the row that are there from `begins` on. Keys and values:
-// `[rows, heads, capacity, size]`; q and y: `[rows, heads * group, size]`; scores: `[rows, heads * group, tokens]`.
-extern "C" void attend(const float *q, const float *keys, const float *values, float *y, float *scores, const long *begins,
-                       long rows, long heads, long group, long tokens, long capacity, long size, float scale, int threads) {
+// What one new token of each row gets from attention to those of the row that are there from `begins` on. Keys and
+// values: `[rows, heads, capacity, size]`; q and y: `[rows, heads * group, size]`; scores: `[rows, heads * group,
+// tokens]`. The size is a multiple of STRIP, the scale above 0.
+extern "C" void attend(const float *q, const float *keys, const float *values, float *y, float *scores,
+                       const long *begins, long rows, long heads, long group, long tokens, long capacity, long size,
+                       float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (long task = 0; task < rows * heads; task++) {
     const long begin = begins[task / heads], seen = tokens - begin, whole = seen - seen % 3;
@@ -152,11 +156,14 @@ extern "C" void attend(const float *q, const float *keys, const float *values, f
       for (long t = 0; t < seen; t++) w[t] /= sum;
     }
     const Shape mixed = {STRIP, 1, seen};
-    for (long column = 0; column < size; column += STRIP) {
-      long h = 0;
-      for (; group - h >= 4; h += 4) across<4>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
-      for (; group - h >= 3; h += 3) across<3>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
-      for (; h < group; h++) across<1>(v + column, size, weights + h * seen, nullptr, to + h * size + column, size, mixed);
-    }
+    for (long column = 0; column < size; column += STRIP)
+      for (long h = 0, taken; h < group; h += taken) {
+        const float *strip = v + column, *w = weights + h * seen;
+        float *some = to + h * size + column;
+        taken = group - h >= 4 ? 4 : group - h >= 3 ? 3 : 1;
+        if (taken == 4) across<4>(strip, size, w, nullptr, some, size, mixed);
+        if (taken == 3) across<3>(strip, size, w, nullptr, some, size, mixed);
+        if (taken == 1) across<1>(strip, size, w, nullptr, some, size, mixed);
+      }
   }
 }
