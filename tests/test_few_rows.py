@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from fourscore.models.few_rows import MOST_ROWS, fits, product
+from fourscore.models.few_rows import MOST_ROWS, fits, product, takes
+from fourscore.models.packed import packed
 
 pytestmark = pytest.mark.usefixtures("kernels_are_there")
 
@@ -21,7 +22,7 @@ def test_outputs_are_those_of_linear_for_each_number_of_rows(inputs: int, output
     exact.load_state_dict(layer.state_dict())
     for rows in range(1, MOST_ROWS + 1):
         x = torch.randn(rows, inputs)
-        assert fits(x, layer.weight)
+        assert takes(layer.weight, layer.bias) and fits(x, layer.weight)
         wanted = exact(x.double()).float().detach()
         assert_close(product(x, layer.weight, layer.bias), wanted, rtol=1e-5, atol=1e-5)
 
@@ -53,11 +54,34 @@ def test_numbers_hang_neither_on_threads_nor_on_other_rows(rows: int) -> None:
 
 def test_what_does_not_fit() -> None:
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
-    assert fits(x, weight) and fits(x, nn.Parameter(weight))
+    assert fits(x, weight)
     assert not fits(torch.randn(MOST_ROWS + 1, 3), weight)
     assert not fits(torch.randn(0, 3), weight)
-    assert not fits(x.bfloat16(), weight.bfloat16()) and not fits(x.double(), weight.double())
-    assert not fits(x, torch.randn(3, 4).t())
-    assert not fits(x.to("meta"), weight.to("meta"))
+    assert not fits(torch.randn(2, 4), weight) and not fits(torch.randn(2, 6), weight)
+    assert not fits(x.bfloat16(), weight) and not fits(x.double(), weight)
+    assert not fits(x.to("meta"), weight)
     with FakeTensorMode() as fake:
-        assert not fits(fake.from_tensor(x), fake.from_tensor(weight))
+        assert not fits(fake.from_tensor(x), weight)
+
+
+class Other(Tensor):
+    """What says that it is fp32 on a CPU, and may have no numbers."""
+
+
+def test_weights_that_it_does_not_take() -> None:
+    weight, bias = torch.randn(4, 3), torch.randn(4)
+    assert takes(weight, None) and takes(nn.Parameter(weight), nn.Parameter(bias))
+    assert not takes(torch.randn(3, 4).t(), None)
+    assert not takes(weight, torch.randn(8)[::2]) and not takes(weight, torch.randn(1).expand(4))
+    assert not takes(weight.double(), bias) and not takes(weight, bias.double())
+    assert not takes(weight.to("meta"), None)
+    assert not takes(weight.as_subclass(Other), None)
+    with FakeTensorMode() as fake:
+        assert not takes(fake.from_tensor(weight), None)
+
+
+def test_inputs_of_the_wrong_size_are_told_as_ever() -> None:
+    layer = nn.Linear(8, 6)
+    for size in (4, 16):
+        with packed(layer), torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.randn(3, size))

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,9 +53,25 @@ def test_without_a_working_compiler_there_is_one_warning_and_rollouts_go_on_with
 
 
 def test_they_share_the_threads_of_torch(kernels_are_there: None) -> None:
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    loaded = {line.split()[-1] for line in maps if Path(line.split()[-1]).name.startswith(kernels._OPENMP)}
-    assert len(loaded) == 1
+    """In a new process, where another OpenMP is loaded before them."""
+    script = """
+import ctypes
+from pathlib import Path
+import torch
+from fourscore.models import kernels
+
+def loaded():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in lines if "omp" in Path(line.split()[-1]).name}
+
+own = loaded()
+for other in Path("/usr/lib").glob("*/libgomp.so.1"):
+    ctypes.CDLL(str(other))
+before = loaded()
+assert kernels.library() is not None
+assert loaded() == before and kernels._openmp() in own, (own, before, loaded())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_cxx_names_another_compiler(kernels_are_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +92,17 @@ def test_a_profile_shows_them(kernels_are_there: None) -> None:
     layers = policy.config.num_hidden_layers
     # The prompt and two tokens, seven products a layer and the head's.
     assert calls == {"fourscore::few_rows": 3 * (7 * layers + 1), "fourscore::attend": 2 * layers}
+
+
+@pytest.mark.parametrize("cxx", ['"c++', "nowhere/c++", "c++ -fvisibility=hidden", "c++ --no-such-flag"])
+def test_a_cxx_that_makes_no_kernels_is_told_and_not_fatal(
+    cxx: str, kernels_are_there: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    kernels.library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not kernels.are_there()
+    assert len(caplog.messages) == 1
+    monkeypatch.setenv("CXX", "  ")
+    kernels.library.cache_clear()
+    assert kernels.are_there()

@@ -5,7 +5,7 @@ from what memory and processor can do where rows are few. The kernel takes weigh
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourscore.models import kernels
 
@@ -13,21 +13,30 @@ MOST_ROWS = 64
 """Up to so many, it is as fast as or faster than oneDNN with weights in blocks (`benchmarks/products.py`)."""
 
 
+def takes(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel can take a layer's weights: fp32 numbers on a CPU, one after the other.
+
+    Fake tensors, sharded and quantized ones have a type of their own.
+    """
+    tensors = [weight] if bias is None else [weight, bias]
+    in_memory = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return in_memory and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` can multiply these: few rows, and numbers in fp32 that lie in memory, one after the other."""
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight))
-    rows = x.numel() // max(x.shape[-1], 1)
-    # Fake tensors and sharded ones have a type of their own.
-    return plain and type(x) is Tensor and 0 < rows <= MOST_ROWS and weight.is_contiguous()
+    """Whether `product` can multiply these, weights that it takes being given: few rows of as many numbers in fp32."""
+    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != weight.shape[1]:
+        return False
+    return 0 < x.numel() <= MOST_ROWS * weight.shape[1]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `torch.nn.functional.linear`, without gradients; only where kernels are there.
 
     Args:
-        x: `[..., inputs]`; it and the weights must fit.
-        weight: `[outputs, inputs]`.
-        bias: `[outputs]` fp32.
+        x: `[..., inputs]`; it must fit.
+        weight: `[outputs, inputs]`; the kernel must take it, and the bias.
+        bias: `[outputs]`.
     """
     x = x.contiguous()
     outputs, inputs = weight.shape

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ _ARGUMENTS = {
     "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, ctypes.c_int],
     "attend": [*[_POINTER] * 6, *[_LONG] * 6, ctypes.c_float, ctypes.c_int],
 }
-_OPENMP = ("libgomp", "libiomp", "libomp")
+_OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.].*")
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +50,23 @@ def library() -> Any:
     """The compiled kernels, None where there are none."""
     try:
         return _compiled()
-    except OSError as error:
+    # What a compiler can do wrong, or a CXX that is not the name of one.
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "no kernels for decoding (%s): rollouts on this CPU are slower and keep a copy of the weights, "
-            "--pack_rollout_weights; a C++ compiler named c++, or by CXX, makes them",
+            "no kernels for decoding (%s): rollouts on this CPU are slower, and copy the weights unless "
+            "--pack_rollout_weights false is given; GCC's C++ compiler, found as c++ or by CXX, makes them",
             error,
         )
         return None
 
 
 def _compiled() -> Any:
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"{compiler[0]} is not on the PATH")
     source = Path(__file__).with_suffix(".cpp")
-    with TemporaryDirectory() as folder:
+    # On some file systems what is loaded cannot be removed yet.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         made, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         # For this very processor, so nothing is kept that another one could load.
         _run(*compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", str(source), "-o", str(made))
@@ -77,16 +80,20 @@ def _compiled() -> Any:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60, check=False
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise OSError(f"{command[0]} failed: {said[-1] if said else done.returncode}")
 
 
 def _openmp() -> str:
-    """The file of the OpenMP that this process has."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(_OPENMP):
-            return path
-    raise FileNotFoundError("torch has no OpenMP here")
+    """The file of the OpenMP that torch has loaded; other packages may have brought one of their own."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    paths = [line.split(maxsplit=5)[-1] for line in lines]
+    found = [path for path in paths if _OPENMP.fullmatch(Path(path).name)]
+    if not found:
+        raise FileNotFoundError("torch has no OpenMP here")
+    beside_torch = str(Path(torch.__file__).parent)  # torch/lib, or torch.libs
+    return next((path for path in found if path.startswith(beside_torch)), found[0])

@@ -50,11 +50,13 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[rows, heads, tokens, size]` each, to `[rows, new tokens, heads, size]`."""
     begins = _begins.get()
-    if begins is None or not _fits(query, key, value):
+    # What else changes attention: none of the families has it, and what it is called with may change.
+    more = any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None
+    if begins is None or more or not _fits(query, key, value, begins):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
     rows, heads, _, size = query.shape
     kept, tokens = key.shape[1:3]
-    scale = kwargs.get("scaling") or size**-0.5
+    scale = float(kwargs.get("scaling") or size**-0.5)
     query = query.contiguous()
     y = query.new_empty(rows, 1, heads, size)
     scores = query.new_empty(rows * heads * tokens)
@@ -64,13 +66,16 @@ def _attention(
     return y, None
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """One token, and keys and values in fp32 with room for more behind those of a head, one head after the other."""
-    heads, size = key.shape[1], key.shape[3]
+def _fits(query: Tensor, key: Tensor, value: Tensor, begins: Tensor) -> bool:
+    """One token a row, and keys and values with room for more behind those of a head, one head after the other."""
+    rows, heads, _, size = key.shape
     capacity = key.stride(1) // size
     lie = (heads * capacity * size, capacity * size, size, 1)
-    plain = all(type(t) is Tensor and t.dtype == torch.float32 for t in (query, key, value))
-    return plain and query.shape[2] == 1 and size % kernels.STRIP == 0 and key.stride() == value.stride() == lie
+    tensors = (query, key, value)
+    plain = all(type(t) is Tensor and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    of_rows = query.shape[::2] == (rows, 1) and query.shape[1] % heads == 0 and value.shape == key.shape
+    seen = begins.dtype == torch.long and begins.shape == (rows,) and begins.is_contiguous()
+    return plain and of_rows and seen and size % kernels.STRIP == 0 and key.stride() == value.stride() == lie
 
 
 AttentionInterface.register(_NAME, _attention)

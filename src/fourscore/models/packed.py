@@ -109,8 +109,10 @@ def _product(module: Any) -> Callable[..., Tensor]:
 
 
 def _of_few_rows(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    takes = few_rows.takes(weight, bias)
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if few_rows.fits(x, weight):
+        if takes and few_rows.fits(x, weight):
             return few_rows.product(x, weight, bias)
         return linear(x, weight, bias)
 
