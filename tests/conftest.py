@@ -1,6 +1,5 @@
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # Set before transformers is imported: no test may reach for the hub, and forked workers stay quiet.
@@ -20,14 +19,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def kernels_would_do(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor on which the kernels for decoding are used."""
     if not sys.platform.startswith("linux") or not has_products():
         pytest.skip("not Linux, or no AVX2")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    yield
-    # What a test has made of the PATH is not to stay.
-    kernels.library.cache_clear()
 
 
 @pytest.fixture

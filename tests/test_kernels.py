@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from fourscore.models import kernels
 from fourscore.models.packed import packed_bytes
 from fourscore.rollout.sampling import Sampling
 from fourscore.rollout.transformers import generate
+
+
+@pytest.fixture
+def made_anew() -> Iterator[None]:
+    """What a test makes of compilers is not to stay."""
+    kernels.library.cache_clear()
+    yield
+    kernels.library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -31,6 +40,7 @@ def test_without_a_working_compiler_there_is_one_warning_and_rollouts_go_on_with
     said: str,
     tmp_path: Path,
     kernels_would_do: None,
+    made_anew: None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -74,7 +84,9 @@ assert loaded() == before and kernels._openmp() in own, (own, before, loaded())
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_cxx_names_another_compiler(kernels_are_there: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cxx_names_another_compiler(
+    kernels_are_there: None, made_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = shutil.which("c++")
     (tmp_path / "other").write_text(f'#!/bin/sh\ntouch {tmp_path}/"$1"\nshift\nexec {compiler} "$@"\n')
     (tmp_path / "other").chmod(0o755)
@@ -96,7 +108,11 @@ def test_a_profile_shows_them(kernels_are_there: None) -> None:
 
 @pytest.mark.parametrize("cxx", ['"c++', "nowhere/c++", "c++ -fvisibility=hidden", "c++ --no-such-flag"])
 def test_a_cxx_that_makes_no_kernels_is_told_and_not_fatal(
-    cxx: str, kernels_are_there: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cxx: str,
+    kernels_are_there: None,
+    made_anew: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("CXX", cxx)
     kernels.library.cache_clear()
