@@ -1,7 +1,10 @@
-"""Attention of one new token of each row to those before it, on a CPU: torch's kernel is made for many new ones."""
+"""Attention of one new token of each row to those before it, on a CPU: torch's kernel is made for many new ones.
+
+What it is worth: `benchmarks/one_token.py`.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,14 +27,10 @@ def attention_of_one_token(model: nn.Module) -> Iterator[None]:
     """In this context steps with `seen_from` attend by the kernel, where a model allows it; all else is as ever.
 
     Args:
-        model: PEFT or plain, in evaluation mode.
+        model: PEFT or plain, all in fp32 on a CPU, in evaluation mode, and not under autocast.
     """
-    config: Any = model.config.get_text_config()
-    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    if config.model_type in FAMILIES and plain and not torch.is_autocast_enabled("cpu") and kernels.are_there():
-        with attention_is(model, _NAME):
-            yield
-    else:
+    fits = model.config.get_text_config().model_type in FAMILIES and kernels.are_there()
+    with attention_is(model, _NAME) if fits else nullcontext():
         yield
 
 

@@ -1,7 +1,7 @@
 """Rollout with the policy in this process: by `decode`, or by its own `generate` where that does not fit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def generate(
             group = order[start : start + size]
             some = [prompts[i] for i in group]
             if ours:
-                with attention_of_one_token(policy):
+                with attention_of_one_token(policy) if exact else nullcontext():
                     found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
             else:
                 found = _generate(policy, some, sampling, keep_support, synced)
