@@ -7,15 +7,29 @@ counts from its creation until nothing refers to it.
 
 import weakref
 from collections import defaultdict
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Data is there to be looked at, so it is never made on the device that fake tensors stand on."""
+    return kwargs if kwargs.get("device") is None else kwargs | {"device": torch.device("cpu")}
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor` of numbers makes data, and no dispatch mode sees it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(_on_cpu(kwargs) if func is torch.tensor else kwargs))
 
 
 class Trace(TorchDispatchMode):
@@ -43,6 +57,18 @@ class Trace(TorchDispatchMode):
         self._sizes: dict[weakref.ref, int] = {}
         self._known: set[int] = set()
         self._slow: set[Any] = set()
+        self._literals = _Literals()
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._literals.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)
+        self._literals.__exit__(*error)
 
     @property
     def live(self) -> int:
@@ -73,7 +99,7 @@ class Trace(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         faked = any(isinstance(t, FakeTensor) for t in tensors)
         if not faked:
-            return func(*args, **kwargs)
+            return func(*args, **_on_cpu(kwargs))
         if func is aten._local_scalar_dense.default:
             # A number that is only reported, or compared with a limit: any will do.
             return 1.0 if tensors[0].is_floating_point() else 1
