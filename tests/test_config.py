@@ -157,9 +157,10 @@ def test_defaults_with_an_accelerator(monkeypatch, bf16_supported):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: bf16_supported)
     args = PPOConfig()
     assert args.bf16 is bf16_supported
-    assert args.gradient_checkpointing is args.activation_checkpointing is True
+    assert args.gradient_checkpointing is args.activation_checkpointing is False
+    assert args.checkpointing_open, "the plan may switch it on"
     on_cpu = PPOConfig(use_cpu=True)
-    assert (on_cpu.bf16, on_cpu.gradient_checkpointing) == (False, False)
+    assert (on_cpu.bf16, on_cpu.gradient_checkpointing, on_cpu.checkpointing_open) == (False, False, False)
 
 
 def test_bf16_on_a_cpu_is_allowed_with_a_warning():

@@ -12,7 +12,7 @@ from fourscore.errors import FourscoreError
 from fourscore.models import kernels, loading
 from fourscore.plan import estimate
 from fourscore.plan.advice import advise
-from fourscore.plan.estimate import PHASES, NoPlan, make_plan, plan_of_run
+from fourscore.plan.estimate import PHASES, NoPlan, _recorded, make_plan, plan_of_run
 from fourscore.plan.memory import Capacity
 from fourscore.plan.report import as_json
 from fourscore.ppo.optim import build_optimizer
@@ -414,7 +414,7 @@ def test_plan_of_what_cannot_be_trained_says_so(flags, tmp_path, capsys):
         make_plan(*settings(tmp_path / "nowhere", tmp_path))
 
 
-def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_there_is_room(llama_policy, llama_reward):
+def test_activation_checkpointing_that_nobody_asked_for_is_there_where_it_is_needed(llama_policy, llama_reward):
     flags = {"gradient_checkpointing": True, "response_length": 64, "tokens_per_microbatch": 144}
     args, model_args = settings(llama_policy, llama_reward, **flags)
     peaks = {}
@@ -425,7 +425,7 @@ def test_activation_checkpointing_that_nobody_asked_for_is_switched_off_where_th
     assert peaks[False] > peaks[True]
 
     def decided(room_for, asked_for):
-        args.gradient_checkpointing = args.activation_checkpointing = True
+        args.gradient_checkpointing = args.activation_checkpointing = asked_for
         args.checkpointing_open = not asked_for
         baseline = make_plan(args, model_args, prompt=8).baseline
         plan = plan_of_run(args, model_args, prompt=8, room=room(room_for + 2 * baseline))
@@ -469,3 +469,11 @@ def test_freed_memory_is_kept_where_there_is_room_or_where_it_is_asked_for(llama
     assert decided(needed) is False  # it fits, but not by much
     assert decided(needed, asked_for=True) is True
     assert decided(2 * needed, asked_for=False) is False
+
+
+def test_cuda_graphs_keep_what_they_compute_with():
+    tops = {"rollout": 7, "scoring": 3, "update": 9}
+    kept = {flag: _recorded(PPOConfig(cuda_graphs=flag), 5, tops) for flag in ("none", "forward", "all")}
+    assert kept["none"] == {}
+    assert kept["forward"] == {"rollout": 5, "scoring": 3, "update": 0}
+    assert kept["all"] == {"rollout": 5, "scoring": 3, "update": 9}

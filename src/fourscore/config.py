@@ -222,6 +222,7 @@ class PPOConfig(TrainingArguments):
     max_prompt_length_action: Literal["drop", "truncate"] = _flag("max_prompt_length_action", "drop")
     local_rollout_forward_batch_size: int = _flag("local_rollout_forward_batch_size", 64)
     pack_rollout_weights: bool = _flag("pack_rollout_weights", True)
+    cuda_graphs: Literal["none", "forward", "all"] = _flag("cuda_graphs", "forward")
     keep_freed_memory: bool | None = _flag("keep_freed_memory", None)
     dataset_num_proc: int | None = _flag("dataset_num_proc", None)
     num_sample_generations: int = _flag("num_sample_generations", 10)
@@ -297,7 +298,7 @@ class PPOConfig(TrainingArguments):
 
     # Whether total_episodes follows from other fields: a saved configuration then leaves it to them.
     episodes_derived = False
-    # Whether activation checkpointing is on because nobody said anything: the plan may then switch it off.
+    # Whether nobody said anything of activation checkpointing, on an accelerator: the plan may then switch it on.
     checkpointing_open = False
 
     def __post_init__(self) -> None:
@@ -502,7 +503,7 @@ class PPOConfig(TrainingArguments):
                 except json.JSONDecodeError as error:
                     raise FourscoreError(f"--{old} {value}: is not JSON ({error})") from None
             if new == "activation_checkpointing" and value is None:
-                value = self.checkpointing_open = accelerated
+                value, self.checkpointing_open = False, accelerated
             setattr(self, new, value)
             setattr(self, old, value)
 

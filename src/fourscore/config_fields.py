@@ -160,6 +160,12 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
             "On a CPU in fp32, copy weights for a rollout where that makes it faster: adapters folded in, or packed.",
             "Not in TRL. Faster rollouts (docs/rollout.md); the plan says what the copy takes. No effect on a GPU.",
         ),
+        "cuda_graphs": _changed(
+            "On a GPU, make CUDA graphs of decoding steps and small passes of scoring; with all of small updates, too.",
+            "Not in TRL. Faster where a GPU waits for this process (docs/rollout.md); what they compute with, the KV "
+            "cache among it, is held through the run. all is for adapters, and has not been measured. No effect on a "
+            "CPU, nor under FSDP.",
+        ),
         "keep_freed_memory": _changed(
             "On a CPU, use memory again that a forward or backward pass has freed, and give it back after each phase.",
             "Not in TRL. Default: true where the plan has room for what then lies idle. Faster updates "
@@ -324,9 +330,8 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
         "fp16_full_eval": _refused("float16 evaluation.", "Evaluation has the precision of training: use --bf16."),
         "tf32": _honoured("TF32 matrix products on CUDA."),
         "gradient_checkpointing": _changed(
-            "Recompute activations, to save memory (default: where the plan needs it; off on a CPU).",
-            "Unset means off on a CPU, and on an accelerator what fourscore ppo's plan needs; PPOTrainer, which has no "
-            "plan, has it on there (TRL: on).",
+            "Recompute activations, to save memory (default: where the plan needs it on an accelerator).",
+            "Unset means off, but where fourscore ppo's plan needs it on an accelerator (TRL: on, without effect).",
         ),
         "activation_checkpointing": _changed(
             "Newer name of gradient_checkpointing.",

@@ -25,11 +25,14 @@ from fourscore.errors import FourscoreError
 from fourscore.models.forward_as import forward_as
 from fourscore.models.in_place import embedding_gradient_in_place, head_gradient_in_place
 from fourscore.models.onednn import by_onednn
+from fourscore.models.pass_graphs import recorded_pass
 from fourscore.models.support import Support
 from fourscore.models.unpadded import Layout, attention_within, can_unpad
 
 CHUNK_BYTES = 2**24
 """Logits are made so many bytes at a time, in fp32."""
+_ON_A_GPU = 8
+"""Times as many there: starting the kernels of a chunk takes as long as a large one."""
 
 _PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
@@ -202,6 +205,10 @@ def completion_logprobs_and_values(
 def _fed(model: nn.Module, batch: Padded) -> Iterator[tuple[Padded, dict[str, Tensor]]]:
     """The batch as a model is to see it in this context, padded or in one row, and the arguments of its forward."""
     n, width = batch.input_ids.shape
+    if (recorded := recorded_pass(model, batch.input_ids)) is not None:
+        with forward_as(without_peft(model).base_model, recorded):
+            yield batch, {"input_ids": batch.input_ids}
+        return
     if (batch.lens == width).all() or not can_unpad(model, width):
         yield batch, {"input_ids": batch.input_ids}
         return
@@ -251,7 +258,8 @@ def _completion_states(
         states = seen[0][1]
         if torch.is_grad_enabled() and not states.requires_grad:
             states = states.detach().requires_grad_()  # nothing below the head trains, the head may
-        most = max(1, CHUNK_BYTES // (4 * base.config.get_text_config().vocab_size))
+        chunk = CHUNK_BYTES * (_ON_A_GPU if states.is_cuda else 1)
+        most = max(1, chunk // (4 * base.config.get_text_config().vocab_size))
         # Evened out: a last chunk of few rows would read all of the head, too.
         size = math.ceil(len(states) / math.ceil(len(states) / most))
         # Backward through a sharded head is for FSDP2 to begin.

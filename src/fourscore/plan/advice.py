@@ -79,6 +79,8 @@ def _steps(plan: Plan, settings: _Settings) -> Iterator[tuple[str, str, dict[str
     on_cpu = plan.device == "cpu"
     if plan.packed:
         yield "--pack_rollout_weights false", "slower rollouts", {"pack_rollout_weights": False}
+    if plan.graphs:
+        yield "--cuda_graphs none", "slower rollouts and scoring", {"cuda_graphs": "none"}
     if plan.idle:
         yield "--keep_freed_memory false", "slower updates on a CPU", {"keep_freed_memory": False}
     if not args.gradient_checkpointing:

@@ -98,6 +98,7 @@ class Plan:
         baseline: bytes of a process before it loads anything; 0 on an accelerator.
         kv_cache: bytes of the cache at the end of the longest completions.
         packed: bytes of the rollout's own copy of the policy's weights.
+        graphs: bytes that CUDA graphs compute with, the KV cache among them; held in each phase but load.
         idle: bytes that are freed and kept for the next pass, in each phase but load.
         support: bytes of what the tokens of a rollout batch were drawn from, at most; held until the update is done.
         parts: phase -> part of it -> bytes beside weights and optimizer state.
@@ -117,6 +118,7 @@ class Plan:
     baseline: int
     kv_cache: int
     packed: int
+    graphs: int
     idle: int
     support: int
     parts: dict[str, dict[str, int]]
@@ -147,8 +149,8 @@ class Plan:
 def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: Any) -> Plan:
     """Plans a run, and settles what nobody asked for: where the plan has room, the faster way with more memory.
 
-    Without activation checkpointing (on an accelerator); keeping freed memory, and with passes of `FULL_PASS` tokens
-    where microbatches are smaller (on a CPU).
+    Without activation checkpointing (on an accelerator, which has it otherwise); keeping freed memory, and with passes
+    of `FULL_PASS` tokens where microbatches are smaller (on a CPU).
 
     Args:
         training_args: batches, lengths, optimizer, precision; `gradient_checkpointing`, `keep_freed_memory` and
@@ -182,6 +184,8 @@ def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: An
             return plan
     if settles_memory:
         training_args.keep_freed_memory = False
+    if training_args.checkpointing_open:
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = True
     return make_plan(training_args, model_args, **options)
 
 
@@ -309,6 +313,11 @@ def make_plan(
     for phase, top in tops.items():
         peaks[phase] = held + support + top + idle + gathered + (RUNNING if on_cpu else 0)
     peaks["rollout"] += packed
+    kv_cache = 0 if elsewhere else _kv_cache(layout, sizes, training_args)
+    recorded = _recorded(training_args, kv_cache, tops) if device.type == "cuda" and sharding == "none" else {}
+    graphs = sum(recorded.values())
+    for phase in tops:
+        peaks[phase] += graphs - recorded.get(phase, 0)  # its own is in its peak
     here = local_processes(world_size) if on_cpu else 1
     room = capacity(device).less(server) if room is None else room
     return Plan(
@@ -319,8 +328,9 @@ def make_plan(
         world_size=world_size,
         sharding=sharding,
         baseline=baseline,
-        kv_cache=0 if elsewhere else _kv_cache(layout, sizes, training_args),
+        kv_cache=kv_cache,
         packed=packed,
+        graphs=graphs,
         idle=idle,
         support=support,
         parts=parts,
@@ -430,6 +440,13 @@ def _largest_layer(skeleton: Skeleton) -> int:
         layers = [size(layer) for layer in layers_of(model)]
         sizes += [max(layers), size(model) - sum(layers)]
     return max(sizes)
+
+
+def _recorded(args: PPOConfig, kv_cache: int, tops: dict[str, int]) -> dict[str, int]:
+    """What the CUDA graphs of each phase compute with, at most, and keep in all others; `tops` is what phases take."""
+    if args.cuda_graphs == "none":
+        return {}
+    return {"rollout": kv_cache, "scoring": tops["scoring"], "update": tops["update"] * (args.cuda_graphs == "all")}
 
 
 def _kv_cache(layout: Layout, sizes: Sizes, args: PPOConfig) -> int:

@@ -59,6 +59,7 @@ def as_json(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
         "parts_bytes": plan.parts,
         "kv_cache_bytes": plan.kv_cache,
         "packed_bytes": plan.packed,
+        "cuda_graphs_bytes": plan.graphs,
         "idle_bytes": plan.idle,
         "support_bytes": plan.support,
         "baseline_bytes": plan.baseline,
@@ -184,6 +185,7 @@ def _phases_table(plan: Plan) -> Table:
     support = f", support {_cell(plan.support)}" if plan.support else ""
     copy = f", packed copy {_cell(plan.packed)}" if plan.packed else ""
     idle = f", {_cell(plan.idle)} kept idle" if plan.idle else ""
+    idle += f", CUDA graphs {_cell(plan.graphs)}" if plan.graphs else ""
     notes = {
         "load": "",
         "rollout": f"{s.rollout_batch} x {total} tokens, KV cache {_cell(plan.kv_cache)}{copy}{support}{idle}",

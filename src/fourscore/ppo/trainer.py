@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism
 
 from fourscore.data import PromptOrder, longest_prompt, other_columns, prompt_ids, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
+from fourscore.models import pass_graphs
 from fourscore.models.adapters import adapter_folder
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token, check_top_k
@@ -176,6 +177,10 @@ class PPOTrainer:
         self.ref_model = self.roles.ref_policy
         self.reward_model = self.roles.reward_model
         self.value_model = self.roles.value_model
+        if args.cuda_graphs != "none" and not self.parallel.sharded:
+            for role in (self.model, self.ref_model, self.reward_model, self.value_model):
+                if role is not None:
+                    pass_graphs.allow(role, gradients=args.cuda_graphs == "all")
         self.scorer = build_scorer(args, self.roles, reward_funcs, reward_processing_class, self.parallel)
         self._check_rewards()
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)

@@ -49,7 +49,13 @@ def build_engine(
         FourscoreError: the engine cannot take the policy, or a server of the run's own cannot be started.
     """
     if args.rollout_engine == "transformers":
-        return InProcess(roles.policy, roles.autocast, synced=parallel.sharded, pack=args.pack_rollout_weights)
+        return InProcess(
+            roles.policy,
+            roles.autocast,
+            synced=parallel.sharded,
+            pack=args.pack_rollout_weights,
+            graphs=args.cuda_graphs != "none",
+        )
     if isinstance(roles.policy, PeftModel) and not (is_lora(roles.policy) and can_be_one(roles.policy)):
         raise FourscoreError(
             "--rollout_engine vllm: the policy's adapters are no single LoRA together, and a server takes one; use "

@@ -7,6 +7,7 @@ those that are equal only once, and keys and values have their place from the st
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ def _cache_argument(kind: Any) -> str:
 
 @torch.no_grad()
 def decode(
-    policy: nn.Module, prompts: list[list[int]], sampling: Sampling, *, keep_support: bool, keep_logprobs: bool
+    policy: nn.Module,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    keep_support: bool,
+    keep_logprobs: bool,
+    rows_of: "Callable[[nn.Module, int, int], Rows]",
 ) -> Completed:
     """Complete each prompt, `sampling.batch_size` of them at a time.
 
@@ -58,10 +65,11 @@ def decode(
         sampling: how to draw.
         keep_support: where the distribution is restricted, keep what was drawn from.
         keep_logprobs: keep those of the tokens, unless decoding is greedy.
+        rows_of: makes the `Rows` of a policy, most rows and most tokens: the class itself, or one like it.
     """
     device = next(policy.parameters()).device
     most = min(sampling.batch_size, len(prompts))
-    cache = _Rows(policy, most, len(prompts[0]) + sampling.max_new_tokens - 1)
+    cache = rows_of(policy, most, len(prompts[0]) + sampling.max_new_tokens - 1)
     found = Completed([[] for _ in prompts], [False] * len(prompts), [])
     if keep_logprobs and sampling.temperature > 0:
         found.logprobs = [[] for _ in prompts]
@@ -97,7 +105,7 @@ def decode(
     return found
 
 
-class _Rows:
+class Rows:
     """Keys and values of the rows of a batch, in every layer: all end in the same column, where tokens follow."""
 
     def __init__(self, policy: nn.Module, rows: int, capacity: int) -> None:
@@ -164,6 +172,12 @@ class _Rows:
         self.filled += 1
         return logits
 
+    def put(self, states: Tensor, new: Tensor) -> Tensor:
+        """Put those of a step `[rows, heads, 1, size]` into the `states` of a layer; returns what they attend to."""
+        seen = states[: len(self.begins), :, : self.filled + 1]
+        seen[:, :, -1:] = new
+        return seen
+
     def keep(self, places: list[int]) -> list[int]:
         """Go on with some rows only: the last of them move to where others were. Returns the new order of rows."""
         count = len(places)
@@ -192,11 +206,11 @@ class _Rows:
 
 
 class _Layer(DynamicLayer):
-    """One layer of `_Rows`."""
+    """One layer of `Rows`."""
 
     is_croppable = False
 
-    def __init__(self, places: _Rows) -> None:
+    def __init__(self, places: Rows) -> None:
         super().__init__()
         self._places = places
 
@@ -220,11 +234,7 @@ class _Layer(DynamicLayer):
             self.keys[rows, :, start:stop] = key_states[copies]
             self.values[rows, :, start:stop] = value_states[copies]
             return key_states, value_states
-        rows, stop = len(places.begins), places.filled + 1
-        keys, values = self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
-        keys[:, :, -1:] = key_states
-        values[:, :, -1:] = value_states
-        return keys, values
+        return places.put(self.keys, key_states), places.put(self.values, value_states)
 
     def get_seq_length(self) -> int:
         """Columns that the next tokens see; prompts see their own alone."""

@@ -14,8 +14,9 @@ from fourscore.models.onednn import by_onednn
 from fourscore.models.packed import packed
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
-from fourscore.rollout.decode import can_decode, decode
+from fourscore.rollout.decode import Rows, can_decode, decode
 from fourscore.rollout.engine import gathered
+from fourscore.rollout.graphs import StepGraphs
 from fourscore.rollout.sampling import Completed, Sampling, has_ended, restrict_
 
 
@@ -23,7 +24,13 @@ class InProcess:
     """The policy itself as rollout engine."""
 
     def __init__(
-        self, policy: nn.Module, autocast: Callable[[], AbstractContextManager], *, synced: bool, pack: bool
+        self,
+        policy: nn.Module,
+        autocast: Callable[[], AbstractContextManager],
+        *,
+        synced: bool,
+        pack: bool,
+        graphs: bool = False,
     ) -> None:
         """Take the policy.
 
@@ -32,8 +39,10 @@ class InProcess:
             autocast: makes the context of its forward passes.
             synced: every process decodes until the last one is done, which sharded models need.
             pack: on a CPU in fp32, copy weights where multiplying with a copy is faster; not with `synced`.
+            graphs: on a GPU, make steps of decoding CUDA graphs, and keep them and the KV cache between rollouts.
         """
         self._policy, self._autocast, self._synced, self._pack = policy, autocast, synced, pack
+        self._graphs = StepGraphs() if graphs else None
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, keep_support: bool = True) -> Experience:
         """Complete each prompt once; see `generate`."""
@@ -41,7 +50,13 @@ class InProcess:
         self._policy.eval()
         with self._autocast():
             experience = generate(
-                self._policy, prompts, sampling, synced=self._synced, keep_support=keep_support, pack=self._pack
+                self._policy,
+                prompts,
+                sampling,
+                synced=self._synced,
+                keep_support=keep_support,
+                pack=self._pack,
+                graphs=self._graphs,
             )
         self._policy.train()
         return experience
@@ -50,7 +65,9 @@ class InProcess:
         """Nothing to do: they are the policy's own."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Give back what is kept between rollouts."""
+        if self._graphs is not None:
+            self._graphs.close()
 
 
 def generate(
@@ -61,6 +78,7 @@ def generate(
     synced: bool = False,
     keep_support: bool = True,
     pack: bool = True,
+    graphs: StepGraphs | None = None,
 ) -> Experience:
     """Complete each prompt once.
 
@@ -71,6 +89,7 @@ def generate(
         synced: every process decodes until the last one is done, which sharded models need.
         keep_support: keep what every token was drawn from, where that is not the whole vocabulary; logprobs need it.
         pack: on a CPU in fp32, copy weights where multiplying with a copy is faster; not with `synced`.
+        graphs: those of the policy, on a GPU.
 
     Returns:
         experience with ids, lengths and support filled in, samples in the order of `prompts`; and logprobs, where they
@@ -92,7 +111,14 @@ def generate(
             some = [prompts[i] for i in group]
             if ours:
                 with attention_of_one_token(policy) if exact else nullcontext():
-                    found = decode(policy, some, sampling, keep_support=keep_support, keep_logprobs=exact)
+                    found = decode(
+                        policy,
+                        some,
+                        sampling,
+                        keep_support=keep_support,
+                        keep_logprobs=exact,
+                        rows_of=Rows if graphs is None else graphs.rows,
+                    )
             else:
                 found = _generate(policy, some, sampling, keep_support, synced)
             completions |= zip(group, found.completions, strict=True)
