@@ -58,12 +58,14 @@ class MemoryProbe:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            self._sample()
+            self._sample(device=False)
 
-    def _sample(self) -> None:
+    def _sample(self, *, device: bool = True) -> None:
         with self._lock:  # around the reading, too: what was read in one phase must not count for the next
             now = memory()
-            now["device"] = torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_initialized() else 0.0
+            # The allocator keeps its peak by itself, and asking it takes long.
+            if device and torch.cuda.is_initialized():
+                now["device"] = torch.cuda.max_memory_allocated() / MIB
             peak = self.peaks[self._phase]
             for kind, value in now.items():
                 peak[kind] = max(peak[kind], value)

@@ -10,8 +10,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 EOS, FIRST = 0, 1000
 """What ends a completion, and the token that sample 0 consists of; sample 1 consists of the next one, and so on."""
+_MOST = 64
+"""Samples of a batch."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ WORKLOADS = {
     "ragged": Workload(16, 1, Lengths(8, 128, log=True), 64, Lengths(1, 64)),
     "long": Workload(4, 1, Lengths(8, 64, log=True), 512, Lengths(1, 512)),
     "tldr": Workload(4, 1, Lengths(128, 512), 53, Lengths(24, 53)),
+    # So much that a GPU is not kept waiting.
+    "large": Workload(64, 1, Lengths(256, 512), 512, Lengths(256, 512)),
 }
 
 
@@ -102,31 +108,37 @@ def prompt(drawn: random.Random, length: int, sample: int) -> list[int]:
 class Script:
     """Makes a policy draw sample i's own token until its completion has a given length, and EOS then.
 
+    On a GPU it waits for nothing in a step, and counts on the GPU itself: a step may be a CUDA graph.
+
     Attributes:
         read: `time.perf_counter()` when the prompts had been read.
     """
 
     def __init__(self, policy: Any) -> None:
         """Follow a causal LM, without PEFT around it."""
-        self.left: list[int] = []
         self.read = 0.0
+        self._left = torch.zeros(_MOST + 1, dtype=torch.long, device=next(policy.parameters()).device)
         policy.register_forward_hook(self, with_kwargs=True)
 
     def begin(self, batch: Batch) -> None:
         """Before each rollout."""
-        self.left = [length + (not batch.ends) for length in batch.completion_lens]
+        lens = torch.tensor([length + (not batch.ends) for length in batch.completion_lens])
+        self._left[: len(lens)] = lens.to(self._left.device)
 
     def __call__(self, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
         """The hook. Only generation has a cache; forwards for training and scoring are left alone."""
         if named.get("cache", named.get("past_key_values")) is None:  # `cache` from transformers 5.24 on
             return
-        rows, tokens = [], []
-        for row, token in enumerate(named["input_ids"][:, -1].tolist()):
-            sample = token - FIRST
-            if 0 <= sample < len(self.left):
-                self.left[sample] -= 1
-                rows.append(row)
-                tokens.append(token if self.left[sample] else EOS)
-        output.logits[rows, -1, tokens] = 1e4
+        last = named["input_ids"][:, -1]
+        samples = last - FIRST
+        ours = (samples >= 0) & (samples < _MOST)
+        samples = torch.where(ours, samples, _MOST)  # a place of its own for rows that are no one's
+        self._left.index_add_(0, samples, torch.full_like(samples, -1))
+        tokens = torch.where(self._left[samples] > 0, last, EOS)[:, None]
+        logits = output.logits[:, -1]
+        forced = torch.where(ours[:, None], 1e4, logits.gather(1, tokens).float())
+        logits.scatter_(1, tokens, forced.to(logits.dtype))
         if named["input_ids"].shape[1] > 1:
+            if last.is_cuda:
+                torch.cuda.synchronize()
             self.read = time.perf_counter()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def model_args_of(job: dict[str, Any]) -> Any:
 
 
 def run(work: Work) -> Result:
-    """The worker's result, or `failed` with the last line of what it complained about."""
+    """The worker's result, or `failed` with what it complained about."""
     done = subprocess.run(_command(work), capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
         return _failed(done.stderr, done.returncode)
@@ -160,7 +161,9 @@ def _environment() -> dict[str, str]:
 
 def _failed(stderr: str, status: int) -> Result:
     lines = stderr.strip().splitlines() or [f"exit status {status}"]
-    return {"failed": lines[-1][:400]}
+    # Some errors go on for several lines.
+    said = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return {"failed": (said or lines)[-1][:400]}
 
 
 def run_in_turn(works: dict[str, Work], repetitions: int, before: Any = None) -> dict[str, list[Result]]:

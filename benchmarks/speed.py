@@ -30,7 +30,7 @@ from fourscore import demo
 EMBEDDED = "embedded"
 SYSTEMS = ("TRL", "fourscore")
 PHASES = ("rollout", "scoring", "update", "whole")
-MICROBATCH = {"TRL": {"even": 16}, "fourscore": {"even": 16}}
+MICROBATCH = {"TRL": {"even": 16, "large": 16}, "fourscore": {"even": 16, "large": 16}}
 """Samples a forward and backward pass where it is not 4, by workload."""
 
 AIMS = {("lora", "even"): 1.5, ("lora", "ragged"): 2.5, ("lora", "tldr"): 2.0}
@@ -60,8 +60,12 @@ SELECTION = [
     Case("smollm2-135m", "ragged", "lora"),
 ]
 ALL = {
-    "cpu": {"models": [EMBEDDED, "smollm2-135m"], "training": ["lora", "full"]},
-    "cuda": {"models": ["llama-1b", "llama-8b"], "training": ["lora", "4bit"]},
+    "cpu": {
+        "models": [EMBEDDED, "smollm2-135m"],
+        "workloads": ["even", "ragged", "long", "tldr"],
+        "training": ["lora", "full"],
+    },
+    "cuda": {"models": ["llama-1b", "llama-8b"], "workloads": list(WORKLOADS), "training": ["lora", "4bit"]},
 }
 
 
@@ -80,6 +84,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar=SYSTEMS,
         help=f"samples a forward and backward (default: 4, but {MICROBATCH})",
     )
+    parser.add_argument("--cuda_graphs", choices=("none", "forward", "all"), default="forward", help="fourscore's flag")
     parser.add_argument("--apart", action="store_true", help="one worker at a time: for models that do not fit twice")
     parser.add_argument("--device", choices=ALL, default="cpu")
     parser.add_argument("--trl_python", help="a Python that has TRL 1.12.0 (default: set up in --cache)")
@@ -97,8 +102,12 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     if options.device == "cpu" and not options.all and some == (None, None, None):
         return SELECTION
     every = ALL[options.device]
-    names = (options.models or every["models"], options.workloads or WORKLOADS, options.training or every["training"])
-    return [Case(*each) for each in itertools.product(*names)]
+    return [
+        Case(*each)
+        for each in itertools.product(
+            *(getattr(options, name) or every[name] for name in ("models", "workloads", "training"))
+        )
+    ]
 
 
 def pair_of(model: str, options: argparse.Namespace) -> Pair:
@@ -126,7 +135,6 @@ def works_of(case: Case, pair: Pair, trl: str | None, options: argparse.Namespac
         "load_in_4bit": case.training == "4bit",
         "dtype": str(dtype_of(options)).removeprefix("torch."),
         "updates": options.pairs + 1,
-        "flags": {},
         "device": options.device,
         "workload": asdict(WORKLOADS[case.workload]),
         # The first update is to bring everything into memory. A GPU tunes itself to sizes, too.
@@ -139,6 +147,9 @@ def works_of(case: Case, pair: Pair, trl: str | None, options: argparse.Namespac
     ):
         if python is not None and not (system == "TRL" and case.training == "4bit"):
             own = {"system": name, "loading": loading, "microbatch": min(batch, microbatch[system])}
+            # With those of torch 2.11 TRL's first update on prompts that are padded leaves nothing but NaN.
+            own["cudnn_attention"] = system != "TRL"
+            own["flags"] = {} if system == "TRL" else {"cuda_graphs": options.cuda_graphs}
             works[system] = Work(python, "speed_worker.py", own | job)
     return works
 
