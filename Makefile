@@ -16,8 +16,9 @@ demo: $(VENV)/.installed
 demo-seeds: $(VENV)/.installed
 	$(BIN)/fourscore demo --output_dir runs/demo-seeds-$(NOW) --seeds 1 1 2 3
 
+# Two at a time: each test has one thread.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
