@@ -37,7 +37,7 @@ OPTIONS = {
 """Of the algorithm, all that there are."""
 
 
-def fixed_completions(policy, prompts, sampling, *, synced=False, keep_support=True, pack=True):
+def fixed_completions(policy, prompts, sampling, **kwargs):
     """Completions that follow from the prompt alone, of very unequal lengths; so does their support."""
     completions = [[(7 * t + sum(p)) % 250 + 3 for t in range(1 + 3 * (sum(p) % 5))] for p in prompts]
     drawn = torch.tensor([i for c in completions for i in c])
