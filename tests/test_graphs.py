@@ -224,6 +224,16 @@ def test_passes_of_a_fixed_size_give_the_same(arch: str, gradients: bool, monkey
     assert len(recorded) == expected_passes, "to score, and without its adapter; to train, of each model"
 
 
+def test_no_more_passes_are_recorded_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = adapted_pair("llama", "cpu")
+    monkeypatch.setattr(pass_graphs, "_Pass", WithoutAGraph)
+    pass_graphs._allowed[pass_graphs._trunk(policy)] = pass_graphs._Graphs(gradients=True)
+    rows = range(1, pass_graphs._MOST_PASSES + 2)
+    ids = [torch.zeros(1, 64 * n, dtype=torch.long) for n in rows]
+    assert [pass_graphs.recorded_pass(policy, each) is not None for each in ids] == [n < rows[-1] for n in rows]
+    assert pass_graphs.recorded_pass(policy, ids[0]) is not None, "what is recorded stays"
+
+
 def test_without_a_gpu_no_pass_is_recorded() -> None:
     policy, _ = adapted_pair("llama", "cpu")
     pass_graphs.allow(policy, gradients=True)

@@ -29,6 +29,8 @@ _WIDTH = 64
 _MOST_CELLS = 8192
 _MOST_WORK = 4e12
 """Tokens times weights: with more a GPU has enough to do while its next kernels are started, and padding costs time."""
+_MOST_PASSES = 16
+"""Graphs of a backbone: each takes some megabytes for itself. Sizes that are met later are computed without."""
 _TRAINED_SHARE = 1 / 8
 """Of a backbone's weights; gradients of more, which a graph keeps a place for, would take too much memory."""
 
@@ -94,6 +96,8 @@ def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     key = rows, columns, len(trained), state, autocast
     if key not in graphs.passes:
+        if len(graphs.passes) == _MOST_PASSES:
+            return None
         try:
             graphs.passes[key] = _Pass(model, trunk, rows, columns, trained)
         except RuntimeError as error:
