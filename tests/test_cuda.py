@@ -46,6 +46,7 @@ FLAGS += ["--response_length", "24", "--report_to", "none", "--num_sample_genera
     [
         ["--dtype", "bfloat16", "--use_peft"],
         ["--bf16"],
+        ["--bf16", "--freeze_layers", "2"],
         ["--load_in_4bit", "--use_peft", "--dtype", "bfloat16"],
         ["--dtype", "bfloat16", "--use_peft", "--share_value_backbone", "--gradient_checkpointing", "true"],
         ["--cuda_graphs", "none", "--top_k", "50"],

@@ -1,6 +1,8 @@
 """Decoding over rows that stay in their place, passes of a fixed size, and on a GPU both as CUDA graphs."""
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -69,6 +71,18 @@ def test_a_step_attends_to_as_many_rows_as_a_power_of_two() -> None:
     sizes = [rows for rows, tokens in seen if tokens == 1]
     assert sizes == [min(6, 1 << (count - 1).bit_length()) for count in going_on]
     assert len(set(sizes)) > 2
+
+
+def test_rows_let_go_of_keys_and_values_at_once() -> None:
+    rows = FixedRows(model(), 6, 40)
+    completed(model(), lambda *args: rows)
+    keys = weakref.ref(rows._layers[0].keys)
+    gc.disable()
+    try:
+        rows.free()
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_without_a_gpu_rows_are_as_ever() -> None:
@@ -232,12 +246,14 @@ def test_no_more_passes_are_recorded_than_there_is_room_for(monkeypatch: pytest.
     ids = [torch.zeros(1, 64 * n, dtype=torch.long) for n in rows]
     assert [pass_graphs.recorded_pass(policy, each) is not None for each in ids] == [n < rows[-1] for n in rows]
     assert pass_graphs.recorded_pass(policy, ids[0]) is not None, "what is recorded stays"
+    policy.get_base_model().model.layers[0].register_forward_hook(lambda module, args, out: out)
+    assert pass_graphs.recorded_pass(policy, ids[0]) is None, "a graph would not run the hook"
 
 
 def test_without_a_gpu_no_pass_is_recorded() -> None:
     policy, _ = adapted_pair("llama", "cpu")
-    pass_graphs.allow(policy, gradients=True)
-    assert pass_graphs.recorded_pass(policy, torch.zeros(2, 8, dtype=torch.long)) is None
+    with pass_graphs.allowed([policy], gradients=True):
+        assert pass_graphs.recorded_pass(policy, torch.zeros(2, 8, dtype=torch.long)) is None
 
 
 @on_a_gpu
@@ -246,17 +262,15 @@ def test_without_a_gpu_no_pass_is_recorded() -> None:
 def test_recorded_passes_give_the_same(arch: str, gradients: bool, replays: list[Any]) -> None:
     policy, critic = adapted_pair(arch, "cuda")
     expected = results(policy, critic)
-    for each in (policy, critic):
-        pass_graphs.allow(each, gradients=gradients)
-    for _ in range(2):
-        assert_close(results(policy, critic), expected, atol=1e-4, rtol=1e-3)
-    assert len({id(graph) for graph in replays}) == (6 if gradients else 2), "forward, and backward where it trains"
-    with torch.no_grad():
-        for each in (policy, critic):
-            for parameter in each.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    found = results(policy, critic)
-    pass_graphs._allowed.clear()
+    with pass_graphs.allowed([policy, critic], gradients=gradients):
+        for _ in range(2):
+            assert_close(results(policy, critic), expected, atol=1e-4, rtol=1e-3)
+        assert len({id(graph) for graph in replays}) == (6 if gradients else 2), "forward, and backward where it trains"
+        with torch.no_grad():
+            for each in (policy, critic):
+                for parameter in each.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+        found = results(policy, critic)
     assert_close(found, results(policy, critic), atol=1e-4, rtol=1e-3)
     assert (found[0] - expected[0]).abs().max() > 0.1
 
@@ -265,10 +279,12 @@ def test_recorded_passes_give_the_same(arch: str, gradients: bool, replays: list
 def test_a_pass_that_waits_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     policy, critic = adapted_pair("llama", "cuda")
     expected = results(policy, critic)
-    pass_graphs.allow(policy, gradients=True)
-    policy.get_base_model().model.layers[0].register_forward_hook(lambda m, a, out: torch.cuda.synchronize())
-    with caplog.at_level(logging.WARNING):
+    layer = policy.get_base_model().model.layers[0]
+    own = layer.forward
+    layer.forward = lambda *args, **named: (torch.cuda.synchronize(), own(*args, **named))[1]
+    with caplog.at_level(logging.WARNING), pass_graphs.allowed([policy], gradients=True):
         assert_close(results(policy, critic), expected)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert caplog.text.count("not made CUDA graphs") == 1
     torch.rand(3, device="cuda")
 
@@ -276,10 +292,9 @@ def test_a_pass_that_waits_is_not_recorded(caplog: pytest.LogCaptureFixture) -> 
 @on_a_gpu
 def test_a_pass_between_forward_and_backward_is_an_error() -> None:
     policy, critic = adapted_pair("llama", "cuda")
-    for each in (policy, critic):
-        pass_graphs.allow(each, gradients=True)
     batch = rectangle([sample.cuda() for sample in SAMPLES], PROMPT_LENS.cuda())
-    logprobs = completion_logprobs(policy, batch, 0.7)[0]
-    completion_values(critic, batch)
-    with pytest.raises(RuntimeError, match="--cuda_graphs forward"):
-        logprobs.sum().backward()
+    with pass_graphs.allowed([policy, critic], gradients=True):
+        logprobs = completion_logprobs(policy, batch, 0.7)[0]
+        completion_values(critic, batch)
+        with pytest.raises(RuntimeError, match="--cuda_graphs forward"):
+            logprobs.sum().backward()

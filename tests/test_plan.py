@@ -473,7 +473,7 @@ def test_freed_memory_is_kept_where_there_is_room_or_where_it_is_asked_for(llama
 
 def test_cuda_graphs_keep_what_they_compute_with():
     tops = {"rollout": 7, "scoring": 3, "update": 9}
-    kept = {flag: _recorded(PPOConfig(cuda_graphs=flag), 5, tops) for flag in ("none", "forward", "all")}
+    kept = {flag: _recorded(PPOConfig(cuda_graphs=flag), 5, tops, 0.5) for flag in ("none", "forward", "all")}
     assert kept["none"] == {}
-    assert kept["forward"] == {"rollout": 5, "scoring": 3, "update": 0}
-    assert kept["all"] == {"rollout": 5, "scoring": 3, "update": 9}
+    assert kept["forward"] == {"rollout": 5, "scoring": 1, "update": 0}
+    assert kept["all"] == {"rollout": 5, "scoring": 1, "update": 9}

@@ -503,3 +503,11 @@ def test_memory_that_is_kept_is_given_back_after_rollout_scoring_and_update(keep
         )
     trainer.train()
     assert given == ([] if keep is False else ["_rollout", "_score", "_update"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"), [({}, 4), ({"cuda_graphs": "none"}, 0), ({"freeze_layers": 1}, 0)], ids=["", "none", "frozen"]
+)
+def test_models_whose_passes_may_become_graphs(changes, count, tmp_path):
+    """Not those that share layers of a pass in scoring: a graph would neither record nor replay them."""
+    assert len(trainer_on(config(tmp_path, **changes))._recorded_roles()) == count

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
@@ -53,17 +54,52 @@ _replays = 0
 """Of all forward passes so far."""
 
 
-def allow(model: Any, *, gradients: bool) -> None:
-    """Passes of a model's backbone may become graphs from now on, where it is one that can and on a GPU.
+@contextmanager
+def allowed(models: list[Any], *, gradients: bool) -> Iterator[None]:
+    """In this context passes of the models' backbones may become graphs, of those that can and are on one GPU.
 
     Args:
-        model: of transformers, PEFT or plain, all of its weights where they are going to stay.
-        gradients: those that train may, too, if it is a small part of the backbone that trains.
+        models: of transformers, PEFT or plain, all of their weights where they are going to stay.
+        gradients: those that train may, too, where it is a small part of the backbone that trains.
     """
-    trunk = _trunk(model)
-    trained = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
-    if {p.device.type for p in trunk.parameters()} == {"cuda"}:
-        _allowed[trunk] = _Graphs(gradients=gradients and trained <= _TRAINED_SHARE * _size(trunk))
+    trunks = [_trunk(model) for model in models]
+    for trunk in trunks:
+        if on_current_gpu(trunk):
+            _allowed[trunk] = _Graphs(gradients=gradients and trains_little(trunk))
+    try:
+        yield
+    finally:
+        for trunk in trunks:
+            _allowed.pop(trunk, None)
+
+
+def on_current_gpu(model: nn.Module) -> bool:
+    """Whether all weights are on the GPU that this process computes on."""
+    devices = {p.device for p in model.parameters()}
+    return len(devices) == 1 and (one := devices.pop()).type == "cuda" and one.index == torch.cuda.current_device()
+
+
+def trains_little(model: nn.Module) -> bool:
+    """Whether adapters train, or as little."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) <= _TRAINED_SHARE * _size(model)
+
+
+def shared_pool() -> Any:
+    """The memory of all graphs: no two of them run at the same time."""
+    global _pool
+    if _pool is None:
+        _pool = torch.cuda.graph_pool_handle()
+    return _pool
+
+
+def share_that_fits(cells: int, weights: int) -> float:
+    """Of a pass, the part that may be a graph.
+
+    Args:
+        cells: tokens, padding included.
+        weights: of the backbone.
+    """
+    return min(1.0, _MOST_CELLS / cells, _MOST_WORK / weights / cells)
 
 
 def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
@@ -82,8 +118,10 @@ def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
         return None
     n, width = ids.shape
     rows, columns = 1 << (n - 1).bit_length(), -(-width // _WIDTH) * _WIDTH
-    fits = rows * columns <= _MOST_CELLS and rows * columns * _size(trunk) <= _MOST_WORK
-    if not fits or not can_unpad(model, columns):
+    fits = share_that_fits(rows * columns, _size(trunk)) == 1
+    # What hooks within a backbone do is not repeated with its kernels.
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules() if m is not trunk)
+    if not fits or hooked or not can_unpad(model, columns):
         return None
     weights = tuple(p.data_ptr() for p in trunk.parameters())
     if weights != graphs.weights:
@@ -91,7 +129,7 @@ def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
     trained = [p for p in trunk.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     if trained and not graphs.gradients:
         return None
-    adapter = next((m for m in trunk.modules() if isinstance(m, BaseTunerLayer)), None)
+    adapter: Any = next((m for m in trunk.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)), None)
     state = None if adapter is None else (adapter.disable_adapters, *adapter.active_adapters)
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     key = rows, columns, len(trained), state, autocast
@@ -101,7 +139,7 @@ def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
         try:
             graphs.passes[key] = _Pass(model, trunk, rows, columns, trained)
         except RuntimeError as error:
-            graphs.fails = True
+            graphs.fails, graphs.passes = True, {}
             name = type(model).__name__
             logger.warning("passes of %s are not made CUDA graphs, which is slower: %s", name, first_line(error))
             return None
@@ -124,9 +162,6 @@ class _Pass:
         Raises:
             RuntimeError: it waits for the GPU, which a graph cannot.
         """
-        global _pool
-        if _pool is None:
-            _pool = torch.cuda.graph_pool_handle()
         self.trained = trained
         self._ids = torch.zeros(rows, columns, dtype=torch.long, device=next(trunk.parameters()).device)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -143,12 +178,12 @@ class _Pass:
                 if trained:
                     backward(states, torch.zeros_like(states))
                 del states
-            with torch.cuda.graph(self._forward, pool=_pool):
+            with recorded_in(self._forward):
                 out = forward()
             self._kind, states = type(out), out.last_hidden_state
             if trained:
                 self._grad = torch.zeros_like(states)
-                with torch.cuda.graph(self._backward, pool=_pool):
+                with recorded_in(self._backward):
                     self._gradients = backward(states, self._grad)
         self._states = states.detach()
 
@@ -202,14 +237,22 @@ def recording() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """
     # Without autocast's cache: casts that it holds from before are freed while the graph still reads them.
     dtype, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    stream = torch.cuda.current_stream()
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
         try:
             yield _warm_up
         except RuntimeError:
-            # A recording that broke off leaves its mark on the generator, which would draw no more.
+            # A recording that broke off leaves its stream behind, and a generator that would draw no more.
+            torch.cuda.set_stream(stream)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise
+
+
+def recorded_in(graph: "torch.cuda.CUDAGraph") -> AbstractContextManager[None]:
+    """What runs in this context becomes the graph."""
+    # What other threads do, such as those of NCCL, is no part of it.
+    return torch.cuda.graph(graph, pool=shared_pool(), capture_error_mode="thread_local")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from fourscore.models.checkpoint import inspect_checkpoint
 from fourscore.models.checks import Inspected, check_models
 from fourscore.models.layout import Layout
 from fourscore.models.packed import packed_bytes
+from fourscore.models.pass_graphs import share_that_fits
+from fourscore.models.unpadded import can_unpad
 from fourscore.parallel import is_sharded
 from fourscore.plan.memory import Capacity, anonymous_bytes, capacity, local_processes, own_server_bytes
 from fourscore.plan.phases import Sizes, quiet, support_bytes, trace_phases
@@ -149,8 +151,8 @@ class Plan:
 def plan_of_run(training_args: PPOConfig, model_args: ModelConfig, **options: Any) -> Plan:
     """Plans a run, and settles what nobody asked for: where the plan has room, the faster way with more memory.
 
-    Without activation checkpointing (on an accelerator, which has it otherwise); keeping freed memory, and with passes
-    of `FULL_PASS` tokens where microbatches are smaller (on a CPU).
+    On an accelerator with activation checkpointing only where there is no room without; on a CPU keeping freed memory,
+    and with passes of `FULL_PASS` tokens where microbatches are smaller.
 
     Args:
         training_args: batches, lengths, optimizer, precision; `gradient_checkpointing`, `keep_freed_memory` and
@@ -314,7 +316,12 @@ def make_plan(
         peaks[phase] = held + support + top + idle + gathered + (RUNNING if on_cpu else 0)
     peaks["rollout"] += packed
     kv_cache = 0 if elsewhere else _kv_cache(layout, sizes, training_args)
-    recorded = _recorded(training_args, kv_cache, tops) if device.type == "cuda" and sharding == "none" else {}
+    recorded = {}
+    if device.type == "cuda" and sharding == "none":
+        policy = skeleton.roles["policy"]
+        weights = sum(p.numel() for p in policy.parameters())
+        share = share_that_fits(sizes.rollout_batch * longest, weights) if can_unpad(policy, longest) else 0.0
+        recorded = _recorded(training_args, parts["rollout"].get("decode", 0), tops, share)
     graphs = sum(recorded.values())
     for phase in tops:
         peaks[phase] += graphs - recorded.get(phase, 0)  # its own is in its peak
@@ -442,11 +449,19 @@ def _largest_layer(skeleton: Skeleton) -> int:
     return max(sizes)
 
 
-def _recorded(args: PPOConfig, kv_cache: int, tops: dict[str, int]) -> dict[str, int]:
-    """What the CUDA graphs of each phase compute with, at most, and keep in all others; `tops` is what phases take."""
+def _recorded(args: PPOConfig, decode: int, tops: dict[str, int], share: float) -> dict[str, int]:
+    """What the CUDA graphs of each phase compute with, at most, and keep in all others.
+
+    Args:
+        args: with `cuda_graphs`.
+        decode: what steps of decoding take, with keys and values.
+        tops: what phases take.
+        share: of a pass of scoring that may be a graph.
+    """
     if args.cuda_graphs == "none":
         return {}
-    return {"rollout": kv_cache, "scoring": tops["scoring"], "update": tops["update"] * (args.cuda_graphs == "all")}
+    passes = {"scoring": int(share * tops["scoring"]), "update": tops["update"] * (args.cuda_graphs == "all")}
+    return {"rollout": decode} | passes
 
 
 def _kv_cache(layout: Layout, sizes: Sizes, args: PPOConfig) -> int:

@@ -177,10 +177,6 @@ class PPOTrainer:
         self.ref_model = self.roles.ref_policy
         self.reward_model = self.roles.reward_model
         self.value_model = self.roles.value_model
-        if args.cuda_graphs != "none" and not self.parallel.sharded:
-            for role in (self.model, self.ref_model, self.reward_model, self.value_model):
-                if role is not None:
-                    pass_graphs.allow(role, gradients=args.cuda_graphs == "all")
         self.scorer = build_scorer(args, self.roles, reward_funcs, reward_processing_class, self.parallel)
         self._check_rewards()
         self.optimizers, self.schedules = optimization(self.roles.trained, args, optimizers)
@@ -224,7 +220,8 @@ class PPOTrainer:
                 self._center()
             if self.args.eval_on_start:
                 self.evaluate()
-            metrics = self._updates(started)
+            with pass_graphs.allowed(self._recorded_roles(), gradients=self.args.cuda_graphs == "all"):
+                metrics = self._updates(started)
         finally:
             self.progress.stop()
             self.engine.close()
@@ -284,6 +281,13 @@ class PPOTrainer:
         """What a phase has freed is of little use to the next one, whose tensors have other sizes."""
         if self._keeps_memory:
             give_back()
+
+    def _recorded_roles(self) -> list[Any]:
+        """The models whose passes may be CUDA graphs: none where two share layers of a pass: graphs miss that."""
+        roles = self.roles
+        if self.args.cuda_graphs == "none" or self.parallel.sharded or roles.replays_policy or roles.replays_value:
+            return []
+        return [m for m in (roles.policy, roles.ref_policy, roles.reward_model, roles.value_model) if m is not None]
 
     def _profiled(self, drawn: int) -> Callable[[str], AbstractContextManager]:
         """Makes the context of each phase of an update, before which so many samples were drawn by this process's run.

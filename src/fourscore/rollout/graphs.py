@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fourscore.models.forward import without_peft
-from fourscore.models.pass_graphs import first_line, recording
+from fourscore.models.pass_graphs import first_line, on_current_gpu, recorded_in, recording, trains_little
+from fourscore.models.unpadded import FAMILIES
 from fourscore.rollout.decode import Rows
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,13 @@ class StepGraphs:
             capacity: most tokens of a row.
         """
         if self._fails or not can_record(policy):
+            self.close()
             return Rows(policy, rows, capacity)
         weights = tuple(p.data_ptr() for p in policy.parameters())
         held = self._rows
         if held is None or held.rows < rows or held.capacity < capacity or weights != self._weights:
             most = max(rows, held.rows if held else 0), max(capacity, held.capacity if held else 0)
-            self._rows = held = None  # before there are others
+            self.close()  # before there are others
             self._rows = held = FixedRows(policy, *most, record=self._record)
             self._weights = weights
         held.clear()
@@ -51,6 +53,8 @@ class StepGraphs:
 
     def close(self) -> None:
         """Let go of graphs, keys and values."""
+        if self._rows is not None:
+            self._rows.free()
         self._rows = None
 
     def _record(self, rows: "FixedRows", policy: nn.Module, size: int) -> "Step | None":
@@ -69,10 +73,14 @@ Step = tuple["torch.cuda.CUDAGraph", Tensor]
 
 
 def can_record(policy: nn.Module) -> bool:
-    """Whether steps of a policy may become graphs: all of it is on one GPU, and its attention takes a mask as given."""
+    """Whether steps of a policy may become graphs, and that is worth it.
+
+    All of it is on this process's GPU, and its attention takes a mask as given. Where all of it trains under autocast,
+    a graph would cast all weights in every step, where they are otherwise cast once.
+    """
     config: Any = without_peft(policy).config.get_text_config()
-    devices = {p.device for p in policy.parameters()}
-    return len(devices) == 1 and devices.pop().type == "cuda" and config._attn_implementation == "sdpa"
+    fits = config.model_type in FAMILIES and config._attn_implementation == "sdpa" and on_current_gpu(policy)
+    return fits and (trains_little(policy) or not torch.is_autocast_enabled("cuda"))
 
 
 class FixedRows(Rows):
@@ -101,6 +109,12 @@ class FixedRows(Rows):
     def clear(self) -> None:
         """Nothing is in it any more; what is left of keys and values the mask hides."""
         self.begins, self.filled = [], 0
+
+    def free(self) -> None:
+        """Let go of graphs, keys and values at once: rows and layers refer to each other."""
+        self._steps.clear()
+        self._layers.clear()
+        self._named.clear()
 
     def step(self, policy: nn.Module, tokens: Tensor) -> Tensor:
         """Logits after one more token a row, `[rows, vocabulary]` fp32; the next step writes over them."""
@@ -143,6 +157,6 @@ def _recorded(rows: FixedRows, policy: nn.Module, size: int) -> Step:
         with warm_up():
             rows.forward(policy, size)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with recorded_in(graph):
             logits = rows.forward(policy, size)
     return graph, logits
