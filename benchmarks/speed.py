@@ -102,12 +102,8 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     if options.device == "cpu" and not options.all and some == (None, None, None):
         return SELECTION
     every = ALL[options.device]
-    return [
-        Case(*each)
-        for each in itertools.product(
-            *(getattr(options, name) or every[name] for name in ("models", "workloads", "training"))
-        )
-    ]
+    names = [getattr(options, name) or every[name] for name in ("models", "workloads", "training")]
+    return [Case(*each) for each in itertools.product(*names)]
 
 
 def pair_of(model: str, options: argparse.Namespace) -> Pair:
@@ -147,8 +143,6 @@ def works_of(case: Case, pair: Pair, trl: str | None, options: argparse.Namespac
     ):
         if python is not None and not (system == "TRL" and case.training == "4bit"):
             own = {"system": name, "loading": loading, "microbatch": min(batch, microbatch[system])}
-            # With those of torch 2.11 TRL's first update on prompts that are padded leaves nothing but NaN.
-            own["cudnn_attention"] = system != "TRL"
             own["flags"] = {} if system == "TRL" else {"cuda_graphs": options.cuda_graphs}
             works[system] = Work(python, "speed_worker.py", own | job)
     return works

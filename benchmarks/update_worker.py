@@ -1,8 +1,8 @@
 """Trains for a few whole updates with one system in this process: started by `update_memory.py`.
 
 Its argument is JSON: `system`, `loading` ("separate": the calls of TRL's script; or "load_models"), `policy`, `reward`,
-`lora` (None for full fine-tuning), `dtype`, `updates`, `batch`, `microbatch`, `flags` (more of PPOConfig's), `device`,
-and on a GPU `cudnn_attention`: False leaves out cuDNN's kernels of attention.
+`lora` (None for full fine-tuning), `dtype`, `updates`, `batch`, `microbatch`, `flags` (more of PPOConfig's) and
+`device`.
 """
 
 import json
@@ -51,8 +51,9 @@ def make_trainer(job: dict[str, Any], output_dir: str, prompts: Dataset, **more:
         prompts: to train on.
         more: arguments of both trainers.
     """
-    torch.backends.cuda.enable_cudnn_sdp(job.get("cudnn_attention", True))
     if job["system"] == "trl":
+        # With those of torch 2.11 its first update on prompts that are padded leaves nothing but NaN.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     else:
         from side_by_side import model_args_of

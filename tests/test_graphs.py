@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fourscore.models import pass_graphs
 from fourscore.models.adapters import add_policy_adapter, add_value_adapter
-from fourscore.models.forward import completion_logprobs, completion_values, rectangle
+from fourscore.models.forward import completion_logprobs, completion_values, rectangle, without_peft
 from fourscore.models.forward_as import forward_as
 from fourscore.models.unpadded import attention_is
 from fourscore.rollout.decode import Rows, can_decode, decode
@@ -208,6 +208,10 @@ def adapted_pair(arch: str, device: str) -> tuple[Any, Any]:
     return policy, critic.eval().to(device)
 
 
+def trunk_of(policy: Any) -> Any:
+    return without_peft(policy).base_model
+
+
 class WithoutAGraph:
     """Computes what a recorded pass does, without recording."""
 
@@ -231,7 +235,7 @@ def test_passes_of_a_fixed_size_give_the_same(arch: str, gradients: bool, monkey
     recorded: list[WithoutAGraph] = []
     monkeypatch.setattr(pass_graphs, "_Pass", lambda *args: (recorded.append(WithoutAGraph(*args)), recorded[-1])[1])
     for each in (policy, critic):
-        pass_graphs._allowed[pass_graphs._trunk(each)] = pass_graphs._Graphs(gradients=gradients)
+        pass_graphs._allowed[trunk_of(each)] = pass_graphs._Graphs(1, gradients=gradients)
     assert_close(results(policy, critic), expected, atol=1e-4, rtol=1e-3)
     assert {one.shape for one in recorded} == {(4, 64)}
     expected_passes = 4 if gradients else 2
@@ -241,19 +245,20 @@ def test_passes_of_a_fixed_size_give_the_same(arch: str, gradients: bool, monkey
 def test_no_more_passes_are_recorded_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _ = adapted_pair("llama", "cpu")
     monkeypatch.setattr(pass_graphs, "_Pass", WithoutAGraph)
-    pass_graphs._allowed[pass_graphs._trunk(policy)] = pass_graphs._Graphs(gradients=True)
+    trunk = trunk_of(policy)
+    pass_graphs._allowed[trunk] = pass_graphs._Graphs(1, gradients=True)
     rows = range(1, pass_graphs._MOST_PASSES + 2)
     ids = [torch.zeros(1, 64 * n, dtype=torch.long) for n in rows]
-    assert [pass_graphs.recorded_pass(policy, each) is not None for each in ids] == [n < rows[-1] for n in rows]
-    assert pass_graphs.recorded_pass(policy, ids[0]) is not None, "what is recorded stays"
+    assert [pass_graphs.recorded_pass(policy, trunk, each) is not None for each in ids] == [n < rows[-1] for n in rows]
+    assert pass_graphs.recorded_pass(policy, trunk, ids[0]) is not None, "what is recorded stays"
     policy.get_base_model().model.layers[0].register_forward_hook(lambda module, args, out: out)
-    assert pass_graphs.recorded_pass(policy, ids[0]) is None, "a graph would not run the hook"
+    assert pass_graphs.recorded_pass(policy, trunk, ids[0]) is None, "a graph would not run the hook"
 
 
 def test_without_a_gpu_no_pass_is_recorded() -> None:
     policy, _ = adapted_pair("llama", "cpu")
-    with pass_graphs.allowed([policy], gradients=True):
-        assert pass_graphs.recorded_pass(policy, torch.zeros(2, 8, dtype=torch.long)) is None
+    with pass_graphs.allowed([trunk_of(policy)], gradients=True):
+        assert pass_graphs.recorded_pass(policy, trunk_of(policy), torch.zeros(2, 8, dtype=torch.long)) is None
 
 
 @on_a_gpu
@@ -262,7 +267,7 @@ def test_without_a_gpu_no_pass_is_recorded() -> None:
 def test_recorded_passes_give_the_same(arch: str, gradients: bool, replays: list[Any]) -> None:
     policy, critic = adapted_pair(arch, "cuda")
     expected = results(policy, critic)
-    with pass_graphs.allowed([policy, critic], gradients=gradients):
+    with pass_graphs.allowed([trunk_of(policy), trunk_of(critic)], gradients=gradients):
         for _ in range(2):
             assert_close(results(policy, critic), expected, atol=1e-4, rtol=1e-3)
         assert len({id(graph) for graph in replays}) == (6 if gradients else 2), "forward, and backward where it trains"
@@ -282,7 +287,7 @@ def test_a_pass_that_waits_is_not_recorded(caplog: pytest.LogCaptureFixture) -> 
     layer = policy.get_base_model().model.layers[0]
     own = layer.forward
     layer.forward = lambda *args, **named: (torch.cuda.synchronize(), own(*args, **named))[1]
-    with caplog.at_level(logging.WARNING), pass_graphs.allowed([policy], gradients=True):
+    with caplog.at_level(logging.WARNING), pass_graphs.allowed([trunk_of(policy)], gradients=True):
         assert_close(results(policy, critic), expected)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert caplog.text.count("not made CUDA graphs") == 1
@@ -293,7 +298,7 @@ def test_a_pass_that_waits_is_not_recorded(caplog: pytest.LogCaptureFixture) -> 
 def test_a_pass_between_forward_and_backward_is_an_error() -> None:
     policy, critic = adapted_pair("llama", "cuda")
     batch = rectangle([sample.cuda() for sample in SAMPLES], PROMPT_LENS.cuda())
-    with pass_graphs.allowed([policy, critic], gradients=True):
+    with pass_graphs.allowed([trunk_of(policy), trunk_of(critic)], gradients=True):
         logprobs = completion_logprobs(policy, batch, 0.7)[0]
         completion_values(critic, batch)
         with pytest.raises(RuntimeError, match="--cuda_graphs forward"):

@@ -510,4 +510,4 @@ def test_memory_that_is_kept_is_given_back_after_rollout_scoring_and_update(keep
 )
 def test_models_whose_passes_may_become_graphs(changes, count, tmp_path):
     """Not those that share layers of a pass in scoring: a graph would neither record nor replay them."""
-    assert len(trainer_on(config(tmp_path, **changes))._recorded_roles()) == count
+    assert len(trainer_on(config(tmp_path, **changes))._recorded_trunks()) == count

@@ -32,7 +32,7 @@ from fourscore.models.unpadded import Layout, attention_within, can_unpad
 CHUNK_BYTES = 2**24
 """Logits are made so many bytes at a time, in fp32."""
 _ON_A_GPU = 8
-"""Times as many there: starting the kernels of a chunk takes as long as a large one."""
+"""Times as many there: starting a chunk's kernels takes as long as computing so many more logits."""
 
 _PASS_TOKENS = {"cpu": 64, "cuda": 512}
 """What a pass costs by itself, reading all weights and starting every kernel, in tokens that take as long."""
@@ -205,8 +205,9 @@ def completion_logprobs_and_values(
 def _fed(model: nn.Module, batch: Padded) -> Iterator[tuple[Padded, dict[str, Tensor]]]:
     """The batch as a model is to see it in this context, padded or in one row, and the arguments of its forward."""
     n, width = batch.input_ids.shape
-    if (recorded := recorded_pass(model, batch.input_ids)) is not None:
-        with forward_as(without_peft(model).base_model, recorded):
+    trunk = without_peft(model).base_model
+    if (recorded := recorded_pass(model, trunk, batch.input_ids)) is not None:
+        with forward_as(trunk, recorded):
             yield batch, {"input_ids": batch.input_ids}
         return
     if (batch.lens == width).all() or not can_unpad(model, width):

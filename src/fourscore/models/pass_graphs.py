@@ -41,7 +41,8 @@ _NAME = "fourscore_causal"
 class _Graphs:
     """Those of a backbone, by what they depend on."""
 
-    def __init__(self, *, gradients: bool) -> None:
+    def __init__(self, size: int, *, gradients: bool) -> None:
+        self.size = size
         self.gradients = gradients
         self.passes: dict[Any, _Pass] = {}
         self.weights: tuple[int, ...] = ()
@@ -55,17 +56,16 @@ _replays = 0
 
 
 @contextmanager
-def allowed(models: list[Any], *, gradients: bool) -> Iterator[None]:
-    """In this context passes of the models' backbones may become graphs, of those that can and are on one GPU.
+def allowed(trunks: list[nn.Module], *, gradients: bool) -> Iterator[None]:
+    """In this context passes of backbones may become graphs, of those that can and are on one GPU.
 
     Args:
-        models: of transformers, PEFT or plain, all of their weights where they are going to stay.
+        trunks: of transformers, all of their weights where they are going to stay.
         gradients: those that train may, too, where it is a small part of the backbone that trains.
     """
-    trunks = [_trunk(model) for model in models]
     for trunk in trunks:
         if on_current_gpu(trunk):
-            _allowed[trunk] = _Graphs(gradients=gradients and trains_little(trunk))
+            _allowed[trunk] = _Graphs(_size(trunk), gradients=gradients and trains_little(trunk))
     try:
         yield
     finally:
@@ -102,23 +102,23 @@ def share_that_fits(cells: int, weights: int) -> float:
     return min(1.0, _MOST_CELLS / cells, _MOST_WORK / weights / cells)
 
 
-def recorded_pass(model: Any, ids: Tensor) -> Callable[..., Any] | None:
+def recorded_pass(model: Any, trunk: nn.Module, ids: Tensor) -> Callable[..., Any] | None:
     """What a model's backbone computes of `ids` as a graph, recorded if it is the first of its size.
 
     Args:
         model: PEFT or plain.
+        trunk: its backbone.
         ids: `[n, L]`, padded on the right.
 
     Returns:
         a forward for the backbone, which pays no attention to what it is called with; None where no graph fits.
     """
-    trunk = _trunk(model)
     graphs = _allowed.get(trunk)
     if graphs is None or graphs.fails:
         return None
     n, width = ids.shape
     rows, columns = 1 << (n - 1).bit_length(), -(-width // _WIDTH) * _WIDTH
-    fits = share_that_fits(rows * columns, _size(trunk)) == 1
+    fits = share_that_fits(rows * columns, graphs.size) == 1
     # What hooks within a backbone do is not repeated with its kernels.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules() if m is not trunk)
     if not fits or hooked or not can_unpad(model, columns):
@@ -207,7 +207,8 @@ class _Pass:
         """Gradients of what trains, from that of the states."""
         self._grad.copy_(grad)
         self._backward.replay()
-        # Copies: autograd makes what it is given the parameter's own, and the next pass writes over these.
+        # Copies: autograd makes what it is given the parameter's own, and the next pass writes over these. It is what
+        # torch.cuda.make_graphed_callables does not do, whose gradients are its own memory.
         return (None if each is None else each.clone() for each in self._gradients)
 
 
@@ -284,11 +285,6 @@ def _attention(
 
 # No mask is registered: making one, transformers looks for packed samples, for which it waits.
 AttentionInterface.register(_NAME, _attention)
-
-
-def _trunk(model: Any) -> nn.Module:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model
 
 
 def _size(trunk: nn.Module) -> int:

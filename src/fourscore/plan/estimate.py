@@ -317,10 +317,9 @@ def make_plan(
     peaks["rollout"] += packed
     kv_cache = 0 if elsewhere else _kv_cache(layout, sizes, training_args)
     recorded = {}
-    if device.type == "cuda" and sharding == "none":
-        policy = skeleton.roles["policy"]
-        weights = sum(p.numel() for p in policy.parameters())
-        share = share_that_fits(sizes.rollout_batch * longest, weights) if can_unpad(policy, longest) else 0.0
+    policy = skeleton.roles["policy"]
+    if device.type == "cuda" and sharding == "none" and can_unpad(policy, longest):
+        share = share_that_fits(sizes.rollout_batch * longest, sum(p.numel() for p in policy.parameters()))
         recorded = _recorded(training_args, parts["rollout"].get("decode", 0), tops, share)
     graphs = sum(recorded.values())
     for phase in tops:

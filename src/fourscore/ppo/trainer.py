@@ -23,6 +23,7 @@ from fourscore.models import pass_graphs
 from fourscore.models.adapters import adapter_folder
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_stop_token, check_top_k
+from fourscore.models.forward import without_peft
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
 from fourscore.ppo.experience import Experience
@@ -220,7 +221,7 @@ class PPOTrainer:
                 self._center()
             if self.args.eval_on_start:
                 self.evaluate()
-            with pass_graphs.allowed(self._recorded_roles(), gradients=self.args.cuda_graphs == "all"):
+            with pass_graphs.allowed(self._recorded_trunks(), gradients=self.args.cuda_graphs == "all"):
                 metrics = self._updates(started)
         finally:
             self.progress.stop()
@@ -282,12 +283,13 @@ class PPOTrainer:
         if self._keeps_memory:
             give_back()
 
-    def _recorded_roles(self) -> list[Any]:
-        """The models whose passes may be CUDA graphs: none where two share layers of a pass: graphs miss that."""
+    def _recorded_trunks(self) -> list[Any]:
+        """Backbones whose passes may be CUDA graphs; none where two share layers of a pass, which a replay omits."""
         roles = self.roles
         if self.args.cuda_graphs == "none" or self.parallel.sharded or roles.replays_policy or roles.replays_value:
             return []
-        return [m for m in (roles.policy, roles.ref_policy, roles.reward_model, roles.value_model) if m is not None]
+        models = (roles.policy, roles.ref_policy, roles.reward_model, roles.value_model)
+        return [without_peft(model).base_model for model in models if model is not None]
 
     def _profiled(self, drawn: int) -> Callable[[str], AbstractContextManager]:
         """Makes the context of each phase of an update, before which so many samples were drawn by this process's run.

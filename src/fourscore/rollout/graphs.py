@@ -6,6 +6,7 @@ mask hides some. One graph is for as many rows as it was recorded with; with few
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class StepGraphs:
 
 Step = tuple["torch.cuda.CUDAGraph", Tensor]
 """A graph, and the logits `[rows, vocabulary]` that it writes."""
+Record = Callable[["FixedRows", nn.Module, int], Step | None]
 
 
 def can_record(policy: nn.Module) -> bool:
@@ -86,7 +88,7 @@ def can_record(policy: nn.Module) -> bool:
 class FixedRows(Rows):
     """Rows whose steps take nothing from this process but the next tokens."""
 
-    def __init__(self, policy: nn.Module, rows: int, capacity: int, record: Any = None) -> None:
+    def __init__(self, policy: nn.Module, rows: int, capacity: int, record: "Record | None" = None) -> None:
         """Nothing is in it yet.
 
         Args:
