@@ -1,7 +1,7 @@
 """What this machine can do: multiply matrices, and read memory. `python benchmarks/limits.py` measures and prints it.
 
-Both are the best of several shapes and of several rounds, with all threads, and on a CPU of both libraries that torch
-has for products, MKL and oneDNN: what is measured against them is never flattered by a bad limit.
+Both are the best of several shapes and of several rounds, with all threads, and on a CPU of every library that makes
+products here, MKL, oneDNN and OpenBLAS: what is measured against them is never flattered by a bad limit.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fourscore.models.onednn import has_products, product
+from fourscore.models import onednn, openblas
 
 # Rows, inner dimension, columns. Square ones, and such as a model of some width has for a batch.
 PRODUCTS = {
@@ -52,8 +52,11 @@ def measure(device: str, dtype: torch.dtype) -> Limits:
         right = torch.randn(inner, columns, device=device).to(dtype)
         out = torch.empty(rows, columns, device=device, dtype=dtype)
         products: list[Callable[[], object]] = [lambda a=left, b=right, c=out: torch.mm(a, b, out=c)]
-        if device == "cpu" and dtype == torch.float32 and has_products():
-            products.append(lambda a=left, b=right: product(a, b.t(), None))
+        if device == "cpu" and dtype == torch.float32:
+            if onednn.has_products():
+                products.append(lambda a=left, b=right: onednn.product(a, b.t(), None))
+            if openblas.is_there():
+                products.append(lambda a=left, b=right: openblas.product(a, b))
         flops += [2 * rows * inner * columns / _seconds(each, device) for each in products]
     # A sum reads all and writes nothing; a matrix on a vector is what decoding one row does.
     numbers = torch.ones(READ_BYTES[device] // 4, device=device)

@@ -1,8 +1,10 @@
 """What Linux says of the processor."""
 
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def cpu_info() -> str:
     """The text of /proc/cpuinfo; empty where there is none."""
     try:

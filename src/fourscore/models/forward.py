@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from fourscore.errors import FourscoreError
 from fourscore.models.forward_as import forward_as
 from fourscore.models.in_place import embedding_gradient_in_place, head_gradient_in_place
-from fourscore.models.onednn import by_onednn
 from fourscore.models.pass_graphs import recorded_pass
+from fourscore.models.products import fast_products
 from fourscore.models.support import Support
 from fourscore.models.unpadded import Layout, attention_within, can_unpad
 
@@ -252,7 +252,7 @@ def _completion_states(
 
     def logits_of(states: Tensor) -> Tensor:
         """What the model's forward makes of `[c, d]` last hidden states: `[1, c, vocabulary]`."""
-        with by_onednn(head), forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
+        with fast_products(head), forward_as(trunk, lambda *args, **kwargs: _with_states(seen[0][0], states[None])):
             return type(base).forward(base, input_ids=fed.input_ids, use_cache=False).logits
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -280,7 +280,7 @@ def _completion_states(
     with (
         _hook(below),
         _hook(above),
-        by_onednn(model),
+        fast_products(model),
         embedding_gradient_in_place(model),
         _fed(model, batch) as (fed, inputs),
     ):
@@ -500,7 +500,7 @@ def _head_outputs(model: nn.Module, batch: Padded) -> Tensor:
         _hook(widened),
         _hook(returned),
         _pools_anything(model),
-        by_onednn(model),
+        fast_products(model),
         embedding_gradient_in_place(model),
         _fed(model, batch) as (fed, inputs),
     ):

@@ -1,4 +1,4 @@
-// What decoding spends its time with: products of few rows, and attention of one token.
+// Products of linear layers, those of few rows apart, and attention of one token, which is what decoding has.
 
 namespace {
 
@@ -88,7 +88,45 @@ inline void across(const float *strip, long step, const float *weight, const flo
       y[r * shape.outputs + n * stride] = (bias ? bias[n] : 0) + sums[n][r / LANES][r % LANES];
 }
 
+// The cblas_sgemm of a BLAS whose integers have 32 bits.
+typedef void (*Sgemm)(int order, int a_turned, int b_turned, int m, int n, int k, float alpha, const float *a, int lda,
+                      const float *b, int ldb, float beta, float *c, int ldc);
+constexpr int ROW_MAJOR = 101, AS_IT_LIES = 111, TURNED = 112;
+
+// How many threads share the rows of a product `[m, n]`; the others take its columns. A tile's rows cost the BLAS more
+// to bring into its own order than its columns do, so threads share columns only where there are many.
+long sharing_rows(long m, long n, long threads) {
+  long best = threads;
+  for (long some = threads - 1; some > 0; some--)
+    if (threads % some == 0 && 3 * m / some + n * some / threads < 3 * m / best + n * best / threads) best = some;
+  return best;
+}
+
+inline long bound(long total, long parts, long part) {
+  const long size = ((total + parts - 1) / parts + STRIP - 1) / STRIP * STRIP;
+  return part * size < total ? part * size : total;
+}
+
 } // namespace
+
+// y = bias + a b, `[m, n]`: every thread has a BLAS make a tile. a is `[m, k]` or, turned, `[k, m]`; b is `[k, n]` or,
+// turned, `[n, k]`.
+extern "C" void multiply(Sgemm sgemm, const float *a, const float *b, const float *bias, float *y, long m, long n,
+                         long k, int a_turned, int b_turned, int threads) {
+  const long down = sharing_rows(m, n, threads), across = threads / down;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long tile = 0; tile < threads; tile++) {
+    const long top = bound(m, down, tile / across), rows = bound(m, down, tile / across + 1) - top;
+    const long left = bound(n, across, tile % across), columns = bound(n, across, tile % across + 1) - left;
+    if (rows <= 0 || columns <= 0) continue;
+    float *to = y + top * n + left;
+    if (bias)
+      for (long r = 0; r < rows; r++) __builtin_memcpy(to + r * n, bias + left, columns * sizeof *bias);
+    sgemm(ROW_MAJOR, a_turned ? TURNED : AS_IT_LIES, b_turned ? TURNED : AS_IT_LIES, rows, columns, k, 1,
+          a + top * (a_turned ? 1 : k), a_turned ? m : k, b + left * (b_turned ? k : 1), b_turned ? k : n, bias != nullptr,
+          to, n);
+  }
+}
 
 // y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k], with weights as they lie, each read once. A strip for each
 // full STRIP of rows, and for what is left if it is enough; `strips` has room for all rows of x and 15 more.

@@ -1,4 +1,4 @@
-"""Kernels of our own for decoding on a CPU, `kernels.cpp`, which a C++ compiler makes when they are first needed."""
+"""Kernels of our own for a CPU, `kernels.cpp`, which a C++ compiler makes when they are first needed."""
 
 import ctypes
 import logging
@@ -24,6 +24,7 @@ STRIP = 16
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _ARGUMENTS = {
     "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, ctypes.c_int],
+    "multiply": [*[_POINTER] * 5, *[_LONG] * 3, *[ctypes.c_int] * 3],
     "attend": [*[_POINTER] * 6, *[_LONG] * 6, ctypes.c_float, ctypes.c_int],
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.].*")
@@ -53,7 +54,7 @@ def library() -> Any:
     # What a compiler can do wrong, or a CXX that is not the name of one.
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "no kernels for decoding (%s): rollouts on this CPU are slower, and copy the weights unless "
+            "no kernels (%s): everything on this CPU is slower, and rollouts copy the weights unless "
             "--pack_rollout_weights false is given; GCC's C++ compiler, found as c++ or by CXX, makes them",
             error,
         )

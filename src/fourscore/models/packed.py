@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fourscore.models import few_rows, kernels
 from fourscore.models.forward_as import forward_as
-from fourscore.models.onednn import by_onednn, has_products, linear, product
+from fourscore.models.onednn import has_products, product
+from fourscore.models.products import fast_products, linear
 
 _ROWS = 16
 """For which the blocks are chosen; other numbers of rows work as well."""
@@ -70,7 +71,7 @@ def packed(model: nn.Module, *, copy: bool = True) -> Iterator[None]:
             for module in plain:
                 stack.enter_context(forward_as(module, _of_few_rows(module.weight, module.bias)))
         else:
-            stack.enter_context(by_onednn(model))
+            stack.enter_context(fast_products(model))
         yield
 
 

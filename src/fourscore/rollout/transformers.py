@@ -10,8 +10,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from fourscore.models.forward import without_peft
 from fourscore.models.one_token import attention_of_one_token
-from fourscore.models.onednn import by_onednn
 from fourscore.models.packed import packed
+from fourscore.models.products import fast_products
 from fourscore.models.support import Support
 from fourscore.ppo.experience import Experience
 from fourscore.rollout.decode import Rows, can_decode, decode
@@ -105,7 +105,7 @@ def generate(
     exact = _is_exact(policy)
     # Our own decoding takes further prompts as rows become free; `generate` takes them when a batch is done.
     size = len(order) if ours else sampling.batch_size
-    with by_onednn(policy) if synced else packed(policy, copy=pack):
+    with fast_products(policy) if synced else packed(policy, copy=pack):
         for start in range(0, len(order), size):
             group = order[start : start + size]
             some = [prompts[i] for i in group]
