@@ -30,7 +30,7 @@ LIBRARIES = {"openblas": products.OPENBLAS, "onednn": products.ONEDNN}
 @pytest.fixture
 def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights with which the library has multiplied, of one of the two on which all layers are."""
-    there = has_products() if request.param == "onednn" else kernels.library() and openblas._sgemm()
+    there = has_products() if request.param == "onednn" else kernels.library() and openblas.sgemm()
     if not there:
         pytest.skip(f"no {request.param} here")
     own = LIBRARIES[request.param]
@@ -140,7 +140,7 @@ def test_inputs_that_do_not_fit_are_told_as_ever(multiplied: list[torch.Size]) -
 def test_openblas_makes_the_same_of_turned_matrices_with_any_threads(
     threads: int, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernels.library() is None or openblas._sgemm() is None:
+    if kernels.library() is None or openblas.sgemm() is None:
         pytest.skip("no openblas here")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     m, n, k = shape
@@ -179,5 +179,5 @@ def test_without_openblas_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "scipy_openblas32", None)
-    assert openblas._sgemm.__wrapped__() is None
+    assert openblas.sgemm.__wrapped__() is None
     assert "pip install scipy-openblas32" in caplog.text

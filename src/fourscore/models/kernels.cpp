@@ -1,4 +1,6 @@
-// Products of linear layers, those of few rows apart, and attention of one token, which is what decoding has.
+// Products of linear layers, those of few rows apart; attention within samples, and that of one token, for decoding.
+
+#include <omp.h>
 
 namespace {
 
@@ -15,6 +17,54 @@ inline float total(Lanes v) {
   __builtin_memcpy(halves, &v, sizeof v);
   const Half sum = halves[0] + halves[1];
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+// Of the maths library that comes with glibc.
+extern "C" Vector _ZGVdN8v_expf(Vector);
+
+// w becomes exp((w - less) * scale); returns the sum.
+inline float exponentials(float *w, long n, float less, float scale) {
+  Vector sum = {}, some;
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    __builtin_memcpy(&some, w + i, sizeof some);
+    some = _ZGVdN8v_expf((some - less) * scale);
+    __builtin_memcpy(w + i, &some, sizeof some);
+    sum += some;
+  }
+  float rest = 0;
+  if (i < n) {
+    some = Vector{};
+    __builtin_memcpy(&some, w + i, (n - i) * sizeof *w);
+    some = _ZGVdN8v_expf((some - less) * scale);
+    __builtin_memcpy(w + i, &some, (n - i) * sizeof *w);
+    for (; i < n; i++) rest += w[i];
+  }
+  return total(sum) + rest;
+}
+
+inline float largest(const float *w, long n) {
+  float most = w[0];
+  Lanes many = most - Lanes{};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Lanes some = *reinterpret_cast<const Lanes *>(w + i);
+    many = some > many ? some : many;
+  }
+  for (; i < n; i++) most = w[i] > most ? w[i] : most;
+  for (int lane = 0; lane < LANES; lane++) most = many[lane] > most ? many[lane] : most;
+  return most;
+}
+
+inline float dot(const float *a, const float *b, long n) {
+  Lanes sum = {};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES)
+    sum += *reinterpret_cast<const Lanes *>(a + i) * *reinterpret_cast<const Lanes *>(b + i);
+  float rest = 0;
+  for (; i < n; i++) rest += a[i] * b[i];
+  return total(sum) + rest;
 }
 
 struct Shape {
@@ -102,10 +152,12 @@ long sharing_rows(long m, long n, long threads) {
   return best;
 }
 
-inline long bound(long total, long parts, long part) {
-  const long size = ((total + parts - 1) / parts + STRIP - 1) / STRIP * STRIP;
-  return part * size < total ? part * size : total;
+inline long bound(long whole, long parts, long part) {
+  const long size = ((whole + parts - 1) / parts + STRIP - 1) / STRIP * STRIP;
+  return part * size < whole ? part * size : whole;
 }
+
+constexpr long QUERIES = 64; // tokens of a sample whose attention is made at a time
 
 } // namespace
 
@@ -172,6 +224,70 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
   }
 }
 
+// What each token gets from attention to those of its sample up to itself. Samples stand back to back; `begins` has
+// their first tokens, and where the last one ends. q and y: `[tokens, heads, size]`; keys and values: `[tokens, heads /
+// group, size]`; logs: `[heads, tokens]`, of the sums of its
+// weights; scratch: `[threads, QUERIES, longest]`.
+extern "C" void attend_within(Sgemm sgemm, const float *q, const float *keys, const float *values, float *y,
+                              float *logs, float *scratch, const long *begins, long samples, long longest, long heads,
+                              long group, long size, float scale, int threads) {
+  const long tokens = begins[samples], step = heads * size, kept = heads / group * size;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long task = 0; task < samples * heads; task++) {
+    const long begin = begins[task / heads], length = begins[task / heads + 1] - begin, head = task % heads;
+    const float *from = q + begin * step + head * size;
+    const float *k = keys + begin * kept + head / group * size, *v = values + begin * kept + head / group * size;
+    float *to = y + begin * step + head * size, *w = scratch + omp_get_thread_num() * QUERIES * longest;
+    for (long first = 0; first < length; first += QUERIES) {
+      const long seen = first + QUERIES < length ? first + QUERIES : length, queries = seen - first;
+      sgemm(ROW_MAJOR, AS_IT_LIES, TURNED, queries, seen, size, scale, from + first * step, step, k, kept, 0, w, seen);
+      for (long i = 0; i < queries; i++) {
+        float *row = w + i * seen;
+        const long own = first + i + 1;
+        const float most = largest(row, own), sum = exponentials(row, own, most, 1);
+        for (long t = 0; t < own; t++) row[t] /= sum;
+        for (long t = own; t < seen; t++) row[t] = 0;
+        logs[head * tokens + begin + first + i] = most + __builtin_logf(sum);
+      }
+      sgemm(ROW_MAJOR, AS_IT_LIES, AS_IT_LIES, queries, size, seen, 1, w, seen, v, kept, 0, to + first * step, step);
+    }
+  }
+}
+
+// The gradients of that, from y's; those of keys and values for each head of the group, `[tokens, heads, size]`, zeros
+// at first. scratch: `[threads, 2, QUERIES, longest]`.
+extern "C" void attend_within_backward(Sgemm sgemm, const float *of_y, const float *q, const float *keys,
+                                       const float *values, const float *y, const float *logs, float *of_q,
+                                       float *of_keys, float *of_values, float *scratch, const long *begins,
+                                       long samples, long longest, long heads, long group, long size, float scale,
+                                       int threads) {
+  const long tokens = begins[samples], step = heads * size, kept = heads / group * size;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long task = 0; task < samples * heads; task++) {
+    const long begin = begins[task / heads], length = begins[task / heads + 1] - begin, head = task % heads;
+    const long at = begin * step + head * size;
+    const float *k = keys + begin * kept + head / group * size, *v = values + begin * kept + head / group * size;
+    float *w = scratch + omp_get_thread_num() * 2 * QUERIES * longest, *of_w = w + QUERIES * longest;
+    for (long first = 0; first < length; first += QUERIES) {
+      const long seen = first + QUERIES < length ? first + QUERIES : length, queries = seen - first;
+      const long here = at + first * step;
+      sgemm(ROW_MAJOR, AS_IT_LIES, TURNED, queries, seen, size, scale, q + here, step, k, kept, 0, w, seen);
+      sgemm(ROW_MAJOR, AS_IT_LIES, TURNED, queries, seen, size, 1, of_y + here, step, v, kept, 0, of_w, seen);
+      for (long i = 0; i < queries; i++) {
+        float *row = w + i * seen, *of_row = of_w + i * seen;
+        const long own = first + i + 1;
+        const float mean = dot(of_y + here + i * step, y + here + i * step, size);
+        exponentials(row, own, logs[head * tokens + begin + first + i], 1);
+        for (long t = 0; t < own; t++) of_row[t] = row[t] * (of_row[t] - mean) * scale;
+        for (long t = own; t < seen; t++) row[t] = of_row[t] = 0;
+      }
+      sgemm(ROW_MAJOR, TURNED, AS_IT_LIES, seen, size, queries, 1, w, seen, of_y + here, step, 1, of_values + at, step);
+      sgemm(ROW_MAJOR, TURNED, AS_IT_LIES, seen, size, queries, 1, of_w, seen, q + here, step, 1, of_keys + at, step);
+      sgemm(ROW_MAJOR, AS_IT_LIES, AS_IT_LIES, queries, size, seen, 1, of_w, seen, k, kept, 0, of_q + here, step);
+    }
+  }
+}
+
 // What one new token of each row gets from attention to those of the row that are there from `begins` on. Keys and
 // values: `[rows, heads, capacity, size]`; q and y: `[rows, heads * group, size]`; scores: `[rows, heads * group,
 // tokens]`. The size is a multiple of STRIP, the scale above 0.
@@ -188,9 +304,8 @@ extern "C" void attend(const float *q, const float *keys, const float *values, f
     for (long t = 0; t < whole; t += 3) some_along<3>(from, k + t * size, nullptr, weights + t, dots);
     for (long t = whole; t < seen; t++) some_along<1>(from, k + t * size, nullptr, weights + t, dots);
     for (long h = 0; h < group; h++) {
-      float *w = weights + h * seen, most = w[0], sum = 0;
-      for (long t = 1; t < seen; t++) most = w[t] > most ? w[t] : most;
-      for (long t = 0; t < seen; t++) sum += w[t] = __builtin_expf((w[t] - most) * scale);
+      float *w = weights + h * seen;
+      const float sum = exponentials(w, seen, largest(w, seen), scale);
       for (long t = 0; t < seen; t++) w[t] /= sum;
     }
     const Shape mixed = {STRIP, 1, seen};

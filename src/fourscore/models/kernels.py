@@ -20,11 +20,15 @@ from torch.profiler import record_function
 
 STRIP = 16
 """Rows, or columns, that a kernel takes side by side."""
+QUERIES = 64
+"""Tokens of a sample whose attention is made at a time."""
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _ARGUMENTS = {
     "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, ctypes.c_int],
     "multiply": [*[_POINTER] * 5, *[_LONG] * 3, *[ctypes.c_int] * 3],
+    "attend_within": [*[_POINTER] * 8, *[_LONG] * 5, ctypes.c_float, ctypes.c_int],
+    "attend_within_backward": [*[_POINTER] * 12, *[_LONG] * 5, ctypes.c_float, ctypes.c_int],
     "attend": [*[_POINTER] * 6, *[_LONG] * 6, ctypes.c_float, ctypes.c_int],
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.].*")
@@ -72,7 +76,7 @@ def _compiled() -> Any:
         # For this very processor, so nothing is kept that another one could load.
         _run(*compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", str(source), "-o", str(made))
         # With torch's own OpenMP: the threads of another one would be in the way of those that torch has waiting.
-        _run(*compiler, "-shared", str(made), _openmp(), "-o", str(linked))
+        _run(*compiler, "-shared", str(made), _openmp(), "-lmvec", "-lm", "-o", str(linked))
         found = ctypes.CDLL(str(linked))
     for name, types in _ARGUMENTS.items():
         function = getattr(found, name)

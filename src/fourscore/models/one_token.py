@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourscore.models import kernels
 from fourscore.models.unpadded import FAMILIES, attention_is
+from fourscore.models.within_samples import is_plain
 
 _NAME = "fourscore_one_token"
 
@@ -49,9 +50,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[rows, heads, tokens, size]` each, to `[rows, new tokens, heads, size]`."""
     begins = _begins.get()
-    # What else changes attention: none of the families has it, and what it is called with may change.
-    more = any(kwargs.get(name) for name in ("dropout", "softcap")) or kwargs.get("position_bias") is not None
-    if begins is None or more or not _fits(query, key, value, begins):
+    if begins is None or not is_plain(kwargs) or not _fits(query, key, value, begins):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
     rows, heads, _, size = query.shape
     kept, tokens = key.shape[1:3]

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def is_there() -> bool:
     """Whether `product` can be called: the kernels are there, and OpenBLAS is."""
-    return kernels.are_there() and _sgemm() is not None
+    return kernels.are_there() and sgemm() is not None
 
 
 def product(
@@ -32,13 +32,13 @@ def product(
     k, m = a.shape if a_turned else a.shape[::-1]
     n = b.shape[0] if b_turned else b.shape[1]
     y = a.new_empty(m, n)
-    kernels.call("multiply", _sgemm(), a, b, bias, y, m, n, k, a_turned, b_turned)
+    kernels.call("multiply", sgemm(), a, b, bias, y, m, n, k, a_turned, b_turned)
     return y
 
 
 @cache
-def _sgemm() -> int | None:
-    """The address of OpenBLAS's product in fp32."""
+def sgemm() -> int | None:
+    """The address of its product in fp32, `cblas_sgemm` with integers of 32 bits; None where there is none."""
     try:
         import scipy_openblas32 as package
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fourscore.models import within_samples
 
 FAMILIES = frozenset(
     {
@@ -64,10 +67,14 @@ class Layout:
     Attributes:
         shapes: samples and tokens a sample of each rectangle.
         cells: `[T]` the place of each token among the cells of all rectangles, one after the other.
+        begins: `[samples + 1]` the first token of each sample, and where the last one ends.
+        longest: tokens of the longest sample.
     """
 
     shapes: list[tuple[int, int]]
     cells: Tensor
+    begins: Tensor
+    longest: int
 
     @classmethod
     def of(cls, lens: Tensor, groups: list[Tensor]) -> "Layout":
@@ -79,9 +86,10 @@ class Layout:
             firsts[group] = before + width * torch.arange(n, device=lens.device)
             shapes.append((n, width))
             before += n * width
-        shift = firsts - (lens.cumsum(0) - lens)
-        tokens = torch.arange(int(lens.sum()), device=lens.device)
-        return cls(shapes, tokens + torch.repeat_interleave(shift, lens))
+        begins = F.pad(lens.cumsum(0), (1, 0))
+        tokens = torch.arange(int(begins[-1]), device=lens.device)
+        cells = tokens + torch.repeat_interleave(firsts - begins[:-1], lens)
+        return cls(shapes, cells, begins, max(width for _, width in shapes))
 
 
 @contextmanager
@@ -115,6 +123,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[1, heads, T, size]` each, to `[1, T, heads, size]`."""
     layout = _layout.get()
+    if within_samples.fits(module, query, key, value, kwargs):
+        return within_samples.attend(query, key, value, layout.begins, layout.longest, kwargs.get("scaling")), None
     rectangles = zip(*(_in_rectangles(x, layout) for x in (query, key, value)), strict=True)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     outputs = [sdpa(module, *each, None, **kwargs)[0].flatten(0, 1) for each in rectangles]
