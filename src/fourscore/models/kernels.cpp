@@ -152,6 +152,8 @@ long sharing_rows(long m, long n, long threads) {
   return best;
 }
 
+constexpr long COLUMNS = 2048; // that a BLAS has of b at a time: for a whole vocabulary its copy of b would be large
+
 inline long bound(long whole, long parts, long part) {
   const long size = ((whole + parts - 1) / parts + STRIP - 1) / STRIP * STRIP;
   return part * size < whole ? part * size : whole;
@@ -168,15 +170,18 @@ extern "C" void multiply(Sgemm sgemm, const float *a, const float *b, const floa
   const long down = sharing_rows(m, n, threads), across = threads / down;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long tile = 0; tile < threads; tile++) {
-    const long top = bound(m, down, tile / across), rows = bound(m, down, tile / across + 1) - top;
-    const long left = bound(n, across, tile % across), columns = bound(n, across, tile % across + 1) - left;
-    if (rows <= 0 || columns <= 0) continue;
-    float *to = y + top * n + left;
-    if (bias)
-      for (long r = 0; r < rows; r++) __builtin_memcpy(to + r * n, bias + left, columns * sizeof *bias);
-    sgemm(ROW_MAJOR, a_turned ? TURNED : AS_IT_LIES, b_turned ? TURNED : AS_IT_LIES, rows, columns, k, 1,
-          a + top * (a_turned ? 1 : k), a_turned ? m : k, b + left * (b_turned ? k : 1), b_turned ? k : n, bias != nullptr,
-          to, n);
+    const long top = bound(m, down, tile / across), bottom = bound(m, down, tile / across + 1);
+    const long left = bound(n, across, tile % across), right = bound(n, across, tile % across + 1);
+    if (top >= bottom) continue;
+    for (long column = left, columns; column < right; column += columns) {
+      columns = right - column < COLUMNS ? right - column : COLUMNS;
+      float *to = y + top * n + column;
+      if (bias)
+        for (long r = 0; r < bottom - top; r++) __builtin_memcpy(to + r * n, bias + column, columns * sizeof *bias);
+      sgemm(ROW_MAJOR, a_turned ? TURNED : AS_IT_LIES, b_turned ? TURNED : AS_IT_LIES, bottom - top, columns, k, 1,
+            a + top * (a_turned ? 1 : k), a_turned ? m : k, b + column * (b_turned ? k : 1), b_turned ? k : n,
+            bias != nullptr, to, n);
+    }
   }
 }
 
@@ -226,8 +231,8 @@ extern "C" void few_rows(const float *x, const float *weight, const float *bias,
 
 // What each token gets from attention to those of its sample up to itself. Samples stand back to back; `begins` has
 // their first tokens, and where the last one ends. q and y: `[tokens, heads, size]`; keys and values: `[tokens, heads /
-// group, size]`; logs: `[heads, tokens]`, of the sums of its
-// weights; scratch: `[threads, QUERIES, longest]`.
+// group, size]`; logs: `[heads, tokens]`, of the sums that weights were divided by; scratch: `[threads, QUERIES,
+// longest]`.
 extern "C" void attend_within(Sgemm sgemm, const float *q, const float *keys, const float *values, float *y,
                               float *logs, float *scratch, const long *begins, long samples, long longest, long heads,
                               long group, long size, float scale, int threads) {

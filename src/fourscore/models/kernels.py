@@ -58,7 +58,7 @@ def library() -> Any:
     # What a compiler can do wrong, or a CXX that is not the name of one.
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning(
-            "no kernels (%s): everything on this CPU is slower, and rollouts copy the weights unless "
+            "no kernels (%s): training on this CPU is slower, and rollouts copy the weights unless "
             "--pack_rollout_weights false is given; GCC's C++ compiler, found as c++ or by CXX, makes them",
             error,
         )

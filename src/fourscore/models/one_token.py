@@ -1,6 +1,6 @@
 """Attention of one new token of each row to those before it, on a CPU: torch's kernel is made for many new ones.
 
-What it is worth: `benchmarks/one_token.py`.
+What it is worth: `benchmarks/attention.py`.
 """
 
 from collections.abc import Iterator
