@@ -80,8 +80,10 @@ def library() -> Library | None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` without gradients, by the fastest; x in fp32, no autocast."""
-    by = _library_for(weight, bias) if type(x) is Tensor else None  # a plan's have no data
-    return F.linear(x, weight, bias) if by is None else by.outputs(x, weight, bias)
+    by = library()
+    if by is None or type(x) is not Tensor or not by.takes(weight, bias):  # a plan's x has no data
+        return F.linear(x, weight, bias)
+    return by.outputs(x, weight, bias)
 
 
 @contextmanager
@@ -94,28 +96,23 @@ def fast_products(model: nn.Module | None) -> Iterator[None]:
         model: a model or a layer, PEFT or plain.
     """
     with ExitStack() as stack:
-        for layer, by in _layers(model):
-            stack.enter_context(forward_as(layer, partial(_multiply, layer, by)))
+        if (by := library()) is not None:
+            for layer in _layers(model, by):
+                stack.enter_context(forward_as(layer, partial(_multiply, layer, by)))
         yield
 
 
-def _layers(model: nn.Module | None) -> list[tuple[nn.Linear, Library]]:
-    if model is None or torch.is_autocast_enabled("cpu") or library() is None:
+def _layers(model: nn.Module | None, by: Library) -> list[nn.Linear]:
+    if model is None or torch.is_autocast_enabled("cpu"):
         return []
     modules = list(model.modules())
     if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in modules):
         return []
-    plain = [m for m in modules if type(m) is nn.Linear]
-    return [(m, by) for m in plain if (by := _library_for(m.weight, m.bias)) is not None]
-
-
-def _library_for(weight: Tensor, bias: Tensor | None) -> Library | None:
-    found = library()
-    return found if found is not None and found.takes(weight, bias) else None
+    return [m for m in modules if type(m) is nn.Linear and by.takes(m.weight, m.bias)]
 
 
 def _multiply(layer: nn.Linear, by: Library, x: Tensor) -> Tensor:
-    if type(x) is not Tensor:  # a plan's have no data
+    if type(x) is not Tensor:  # a plan's x has no data
         return F.linear(x, layer.weight, layer.bias)
     return _Multiply.apply(x, layer.weight, layer.bias, by)
 
