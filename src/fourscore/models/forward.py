@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
 from fourscore.models.forward_as import forward_as
+from fourscore.models.fused import fused
 from fourscore.models.in_place import embedding_gradient_in_place, head_gradient_in_place
 from fourscore.models.pass_graphs import recorded_pass
 from fourscore.models.products import fast_products
@@ -281,6 +282,7 @@ def _completion_states(
         _hook(below),
         _hook(above),
         fast_products(model),
+        fused(model),
         embedding_gradient_in_place(model),
         _fed(model, batch) as (fed, inputs),
     ):
@@ -501,6 +503,7 @@ def _head_outputs(model: nn.Module, batch: Padded) -> Tensor:
         _hook(returned),
         _pools_anything(model),
         fast_products(model),
+        fused(model),
         embedding_gradient_in_place(model),
         _fed(model, batch) as (fed, inputs),
     ):

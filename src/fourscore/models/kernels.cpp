@@ -1,4 +1,5 @@
-// Products of linear layers, those of few rows apart; attention within samples, and that of one token, for decoding.
+// Products of linear layers, those of few rows apart; attention within samples, and that of one token, for decoding;
+// RMS norms, rotary positions and SwiGLU.
 
 #include <omp.h>
 
@@ -23,22 +24,35 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 // Of the maths library that comes with glibc.
 extern "C" Vector _ZGVdN8v_expf(Vector);
 
+// Up to LANES numbers, zeros for those that are missing.
+inline Vector some_of(const float *from, long count) {
+  Vector some = {};
+  if (count == LANES)
+    __builtin_memcpy(&some, from, sizeof some);
+  else
+    __builtin_memcpy(&some, from, count * sizeof *from);
+  return some;
+}
+
+inline void put(float *to, Vector some, long count) {
+  if (count == LANES)
+    __builtin_memcpy(to, &some, sizeof some);
+  else
+    __builtin_memcpy(to, &some, count * sizeof *to);
+}
+
 // w becomes exp((w - less) * scale); returns the sum.
 inline float exponentials(float *w, long n, float less, float scale) {
-  Vector sum = {}, some;
+  Vector sum = {};
   long i = 0;
   for (; i + LANES <= n; i += LANES) {
-    __builtin_memcpy(&some, w + i, sizeof some);
-    some = _ZGVdN8v_expf((some - less) * scale);
-    __builtin_memcpy(w + i, &some, sizeof some);
+    const Vector some = _ZGVdN8v_expf((some_of(w + i, LANES) - less) * scale);
+    put(w + i, some, LANES);
     sum += some;
   }
   float rest = 0;
   if (i < n) {
-    some = Vector{};
-    __builtin_memcpy(&some, w + i, (n - i) * sizeof *w);
-    some = _ZGVdN8v_expf((some - less) * scale);
-    __builtin_memcpy(w + i, &some, (n - i) * sizeof *w);
+    put(w + i, _ZGVdN8v_expf((some_of(w + i, n - i) - less) * scale), n - i);
     for (; i < n; i++) rest += w[i];
   }
   return total(sum) + rest;
@@ -323,5 +337,84 @@ extern "C" void attend(const float *q, const float *keys, const float *values, f
         if (taken == 3) across<3>(strip, size, w, nullptr, some, size, mixed);
         if (taken == 1) across<1>(strip, size, w, nullptr, some, size, mixed);
       }
+  }
+}
+
+// y = x * (offset + weight) over the root mean square of each row, `[rows, size]`; scales: `[rows]`, one over that root.
+extern "C" void norm(const float *__restrict x, const float *__restrict weight, float *__restrict y,
+                     float *__restrict scales, long rows, long size, float epsilon, float offset, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *from = x + row * size;
+    float *to = y + row * size;
+    const float scale = scales[row] = 1 / __builtin_sqrtf(dot(from, from, size) / size + epsilon);
+    for (long i = 0; i < size; i++) to[i] = (offset + weight[i]) * (from[i] * scale);
+  }
+}
+
+// The gradients of that, from y's; that of the weight, unless null, in parts to be added up: `[threads, size]`, zeros
+// at first.
+extern "C" void norm_backward(const float *__restrict of_y, const float *__restrict x, const float *__restrict weight,
+                              const float *__restrict scales, float *__restrict of_x, float *__restrict of_weight,
+                              long rows, long size, float offset, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *from = x + row * size, *given = of_y + row * size;
+    float *to = of_x + row * size;
+    const float scale = scales[row];
+    for (long i = 0; i < size; i++) to[i] = (offset + weight[i]) * given[i];
+    const float mean = dot(to, from, size) / size * scale * scale;
+    for (long i = 0; i < size; i++) to[i] = (to[i] - from[i] * mean) * scale;
+    if (!of_weight) continue;
+    float *part = of_weight + omp_get_thread_num() * size;
+    for (long i = 0; i < size; i++) part[i] += given[i] * (from[i] * scale);
+  }
+}
+
+// y = x turned by its position's angles, or back, `[tokens, heads, size]`; cosines and sines: `[positions, size]`, and
+// token t has those of t modulo positions.
+extern "C" void rotate(const float *__restrict x, const float *__restrict cosines, const float *__restrict sines,
+                       float *__restrict y, long tokens, long heads, long size, long positions, int back, int threads) {
+  const long half = size / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long t = 0; t < tokens; t++) {
+    const float *c = cosines + t % positions * size, *s = sines + t % positions * size;
+    for (long h = t * heads; h < (t + 1) * heads; h++) {
+      const float *a = x + h * size, *b = a + half;
+      float *to = y + h * size;
+      if (back)
+        for (long i = 0; i < half; i++) {
+          to[i] = a[i] * c[i] + b[i] * s[half + i];
+          to[half + i] = b[i] * c[half + i] - a[i] * s[i];
+        }
+      else
+        for (long i = 0; i < half; i++) {
+          to[i] = a[i] * c[i] - b[i] * s[i];
+          to[half + i] = b[i] * c[half + i] + a[i] * s[half + i];
+        }
+    }
+  }
+}
+
+// y = silu(gate) * up, n of each.
+extern "C" void swiglu(const float *gate, const float *up, float *y, long n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < n; i += LANES) {
+    const long count = n - i < LANES ? n - i : LANES;
+    const Vector g = some_of(gate + i, count), u = some_of(up + i, count);
+    put(y + i, g / (1 + _ZGVdN8v_expf(-g)) * u, count);
+  }
+}
+
+// The gradients of that, from y's.
+extern "C" void swiglu_backward(const float *of_y, const float *gate, const float *up, float *of_gate, float *of_up,
+                                long n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < n; i += LANES) {
+    const long count = n - i < LANES ? n - i : LANES;
+    const Vector g = some_of(gate + i, count), u = some_of(up + i, count), given = some_of(of_y + i, count);
+    const Vector open = 1 / (1 + _ZGVdN8v_expf(-g));
+    put(of_up + i, given * (g * open), count);
+    put(of_gate + i, given * u * (open * (1 + g * (1 - open))), count);
   }
 }

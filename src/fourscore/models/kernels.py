@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import record_function
 
 STRIP = 16
@@ -23,13 +23,18 @@ STRIP = 16
 QUERIES = 64
 """Tokens of a sample whose attention is made at a time."""
 
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, ctypes.c_int],
-    "multiply": [*[_POINTER] * 5, *[_LONG] * 3, *[ctypes.c_int] * 3],
-    "attend_within": [*[_POINTER] * 8, *[_LONG] * 5, ctypes.c_float, ctypes.c_int],
-    "attend_within_backward": [*[_POINTER] * 12, *[_LONG] * 5, ctypes.c_float, ctypes.c_int],
-    "attend": [*[_POINTER] * 6, *[_LONG] * 6, ctypes.c_float, ctypes.c_int],
+    "few_rows": [*[_POINTER] * 5, *[_LONG] * 3, _INT],
+    "multiply": [*[_POINTER] * 5, *[_LONG] * 3, *[_INT] * 3],
+    "attend_within": [*[_POINTER] * 8, *[_LONG] * 5, _FLOAT, _INT],
+    "attend_within_backward": [*[_POINTER] * 12, *[_LONG] * 5, _FLOAT, _INT],
+    "attend": [*[_POINTER] * 6, *[_LONG] * 6, _FLOAT, _INT],
+    "norm": [*[_POINTER] * 4, *[_LONG] * 2, *[_FLOAT] * 2, _INT],
+    "norm_backward": [*[_POINTER] * 6, *[_LONG] * 2, _FLOAT, _INT],
+    "rotate": [*[_POINTER] * 4, *[_LONG] * 4, *[_INT] * 2],
+    "swiglu": [*[_POINTER] * 3, _LONG, _INT],
+    "swiglu_backward": [*[_POINTER] * 5, _LONG, _INT],
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.].*")
 
@@ -43,10 +48,16 @@ def are_there() -> bool:
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
     """Call a kernel with as many threads as torch has; tensors must be what it says, nothing is checked."""
+    plain: list[Any] = []
+    for argument in arguments:
+        if type(argument) is FakeTensor:
+            return  # a plan's, which has no data
+        plain.append(argument.data_ptr() if isinstance(argument, Tensor) else argument)
     kernel = getattr(library(), name)
-    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    # A profiler does not see by itself what is not torch's.
-    with record_function(f"fourscore::{name}") if torch.autograd._profiler_enabled() else nullcontext():
+    if not torch.autograd._profiler_enabled():
+        kernel(*plain, torch.get_num_threads())
+        return
+    with record_function(f"fourscore::{name}"):  # a profiler does not see by itself what is not torch's
         kernel(*plain, torch.get_num_threads())
 
 

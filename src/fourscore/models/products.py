@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fourscore.models import few_rows, onednn, openblas
 from fourscore.models.cpu import cpu_info
 from fourscore.models.forward_as import forward_as
+from fourscore.models.recompute import recomputes
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,9 @@ def fast_products(model: nn.Module | None) -> Iterator[None]:
 
 
 def _layers(model: nn.Module | None, by: Library) -> list[nn.Linear]:
-    if model is None or torch.is_autocast_enabled("cpu"):
+    if model is None or torch.is_autocast_enabled("cpu") or recomputes(model):
         return []
-    modules = list(model.modules())
-    if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in modules):
-        return []
-    return [m for m in modules if type(m) is nn.Linear and by.takes(m.weight, m.bias)]
+    return [m for m in model.modules() if type(m) is nn.Linear and by.takes(m.weight, m.bias)]
 
 
 def _multiply(layer: nn.Linear, by: Library, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourscore.models import within_samples
+from fourscore.models.recompute import recomputes
 
 FAMILIES = frozenset(
     {
@@ -56,7 +57,7 @@ def can_unpad(model: Any, longest: int) -> bool:
         config.model_type in FAMILIES
         and config._attn_implementation == "sdpa"
         and (not window or longest <= window)
-        and not (torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        and not recomputes(model)
     )
 
 

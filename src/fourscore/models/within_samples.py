@@ -41,7 +41,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: i
         scaling: of the scores; None for one over the root of the size.
     """
     scale = float(scaling or query.shape[-1] ** -0.5)
-    return _Attend.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), begins, longest, scale)[None]
+    tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would have its gradient copied
+    return _Attend.apply(*tokens, begins, longest, scale)[None]
 
 
 class _Attend(torch.autograd.Function):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fourscore.errors import FourscoreError
 from fourscore.models.forward import sample_scores, scatter_back, without_peft
+from fourscore.models.fused import fused
 from fourscore.models.products import fast_products
 from fourscore.models.tokenizer import first_conflict
 from fourscore.parallel import forward_passes
@@ -106,7 +107,7 @@ def text_scores(
         if "token_type_ids" in encoded[some[0]]:
             kinds = [torch.tensor(encoded[i]["token_type_ids"], device=device) for i in some]
             inputs["token_type_ids"] = _padded(kinds, 0)
-        with fast_products(model):
+        with fast_products(model), fused(model):
             logits = model(**inputs).logits[:, 0]
         scores.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return scatter_back(scores, order)

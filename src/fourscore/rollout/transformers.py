@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fourscore.models.forward import without_peft
+from fourscore.models.fused import fused
 from fourscore.models.one_token import attention_of_one_token
 from fourscore.models.packed import packed
 from fourscore.models.products import fast_products
@@ -105,7 +106,7 @@ def generate(
     exact = _is_exact(policy)
     # Our own decoding takes further prompts as rows become free; `generate` takes them when a batch is done.
     size = len(order) if ours else sampling.batch_size
-    with fast_products(policy) if synced else packed(policy, copy=pack):
+    with fast_products(policy) if synced else packed(policy, copy=pack), fused(policy):
         for start in range(0, len(order), size):
             group = order[start : start + size]
             some = [prompts[i] for i in group]
