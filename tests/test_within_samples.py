@@ -85,7 +85,7 @@ def test_all_else_is_torchs(why: str, called: list[str]) -> None:  # noqa: F811
         y, _ = _attention(layer, query, key, value, None)
         _layout.reset(token)
         assert y.shape == (1, sum(LENS), 4, 16)
-    assert not called
+    assert not [name for name in called if name.startswith("attend")]
 
 
 def test_passes_of_a_model_attend_so(called: list[str]) -> None:  # noqa: F811
@@ -101,4 +101,4 @@ def test_without_openblas_samples_are_in_rectangles(
 ) -> None:
     monkeypatch.setattr(openblas, "is_there", lambda: False)
     completion_logprobs(policy_of("llama"), rectangle(SAMPLES, PROMPT_LENS), 0.7)[0].sum().backward()
-    assert not called
+    assert not [name for name in called if name.startswith("attend")]

@@ -4,6 +4,9 @@ MKL brings weights into an order of its own for every product; oneDNN wants a co
 from what memory and processor can do where rows are few. The kernel takes weights as they lie and reads each once.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,27 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != weight.shape[1]:
         return False
     return 0 < x.numel() <= MOST_ROWS * weight.shape[1]
+
+
+class FewRows:
+    """What a linear layer computes, by the kernel where rows are few; without gradients.
+
+    Attributes:
+        weight: `[outputs, inputs]`.
+        bias: `[outputs]`.
+        takes: whether the kernel takes them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, otherwise: Callable[..., Tensor]) -> None:
+        """Give `otherwise(x, weight, bias)` for where it is not the kernel's."""
+        self.weight, self.bias, self.takes = weight, bias, takes(weight, bias)
+        self._otherwise = otherwise
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[..., inputs]` to `[..., outputs]`; other arguments, of adapters, say, are not looked at."""
+        if self.takes and fits(x, self.weight):
+            return product(x, self.weight, self.bias)
+        return self._otherwise(x, self.weight, self.bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ def fused(model: Any) -> Iterator[None]:
         model: PEFT or plain.
     """
     with ExitStack() as stack:
-        if kernels.are_there() and model.config.get_text_config().model_type in FAMILIES and not recomputes(model):
+        if _has_them(model):
             modules = [m for m in model.modules() if type(m).__module__.startswith("transformers.models.")]
             for module in modules:
                 if (forward := _forward_of(module)) is not None:
@@ -46,13 +46,23 @@ def fused(model: Any) -> Iterator[None]:
         yield
 
 
+def _has_them(model: Any) -> bool:
+    plain = not torch.is_autocast_enabled("cpu") and not recomputes(model)
+    return plain and model.config.get_text_config().model_type in FAMILIES and kernels.are_there()
+
+
 def _forward_of(module: Any) -> Callable[..., Tensor] | None:
     name = type(module).__name__
     if name.endswith("RMSNorm"):
         return partial(_normed, module, module.forward)
-    if name.endswith("MLP") and hasattr(module, "gate_proj") and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+    if name.endswith("MLP") and hasattr(module, "gate_proj") and is_silu(module.act_fn):
         return partial(_mlp, module)
     return None
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an MLP's `act_fn` is SiLU."""
+    return isinstance(activation, (nn.SiLU, SiLUActivation))
 
 
 def _normed(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 // Products of linear layers, those of few rows apart; attention within samples, and that of one token, for decoding;
-// RMS norms, rotary positions and SwiGLU.
+// RMS norms, rotary positions and SwiGLU; a whole decoder layer of one token; tokens drawn.
 
 #include <omp.h>
 
@@ -58,6 +58,16 @@ inline float exponentials(float *w, long n, float less, float scale) {
   return total(sum) + rest;
 }
 
+// In the order in which `exponentials` adds.
+inline float added(const float *w, long n) {
+  Vector sum = {};
+  float rest = 0;
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) sum += some_of(w + i, LANES);
+  for (; i < n; i++) rest += w[i];
+  return total(sum) + rest;
+}
+
 inline float largest(const float *w, long n) {
   float most = w[0];
   Lanes many = most - Lanes{};
@@ -85,9 +95,14 @@ struct Shape {
   long rows, outputs, inputs;
 };
 
+// A layer's `[outputs, inputs]` and `[outputs]`, or null.
+struct Linear {
+  const float *weight, *bias;
+};
+
 // N outputs of R rows, the lanes along k: what few rows wait for is weights from memory, which are asked for early.
 template <int N, int R>
-inline void along(const float *x, const float *weight, const float *bias, float *y, Shape shape) {
+inline void along(const float *x, const float *weight, const float *bias, const float *more, float *y, Shape shape) {
   const long k = shape.inputs;
   const float *next = weight + OUTPUTS * k;
   Lanes sums[N][R] = {};
@@ -108,29 +123,33 @@ inline void along(const float *x, const float *weight, const float *bias, float 
   }
   for (int n = 0; n < N; n++)
     for (int r = 0; r < R; r++) {
-      float sum = (bias ? bias[n] : 0) + total(sums[n][r]);
+      float sum = (more ? more[r * shape.outputs + n] : 0) + (bias ? bias[n] : 0) + total(sums[n][r]);
       for (long j = i; j < k; j++) sum += weight[n * k + j] * x[r * k + j];
       y[r * shape.outputs + n] = sum;
     }
 }
 
 template <int N>
-void some_along(const float *x, const float *weight, const float *bias, float *y, Shape shape) {
+void some_along(const float *x, const float *weight, const float *bias, const float *more, float *y, Shape shape) {
   const long k = shape.inputs, outputs = shape.outputs;
-  long r = 0;
-  for (; shape.rows - r >= 4; r += 4) along<N, 4>(x + r * k, weight, bias, y + r * outputs, shape);
-  switch (shape.rows - r) {
-  case 3: along<N, 3>(x + r * k, weight, bias, y + r * outputs, shape); break;
-  case 2: along<N, 2>(x + r * k, weight, bias, y + r * outputs, shape); break;
-  case 1: along<N, 1>(x + r * k, weight, bias, y + r * outputs, shape); break;
+  for (long r = 0, taken; r < shape.rows; r += taken) {
+    const float *from = x + r * k, *plus = more ? more + r * outputs : more;
+    float *to = y + r * outputs;
+    taken = shape.rows - r < 4 ? shape.rows - r : 4;
+    switch (taken) {
+    case 4: along<N, 4>(from, weight, bias, plus, to, shape); break;
+    case 3: along<N, 3>(from, weight, bias, plus, to, shape); break;
+    case 2: along<N, 2>(from, weight, bias, plus, to, shape); break;
+    case 1: along<N, 1>(from, weight, bias, plus, to, shape); break;
+    }
   }
 }
 
 // N outputs of a strip, the lanes across its rows: nothing has to be added up in the end. `step` is from one of a
 // strip's inputs to the next, in floats, `stride` from one output to the next.
 template <int N>
-inline void across(const float *strip, long step, const float *weight, const float *bias, float *y, long stride,
-                   Shape shape) {
+inline void across(const float *strip, long step, const float *weight, const float *bias, const float *more, float *y,
+                   long stride, Shape shape) {
   constexpr int M = STRIP / LANES;
   const long k = shape.inputs;
   const float *next = weight + OUTPUTS * k;
@@ -139,17 +158,122 @@ inline void across(const float *strip, long step, const float *weight, const flo
     Lanes values[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) values[m] = reinterpret_cast<const Lanes *>(strip + i * step)[m];
-    if (i % 16 == 0)
+    if (i % STRIP == 0) // the next rows of weights as they lie, a line of a cache for each of these
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) __builtin_prefetch(next + n * k + i);
+      for (int n = 0; n < N; n++) __builtin_prefetch(next + i * N + n * STRIP);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sums[n][m] += weight[n * k + i] * values[m];
   }
   for (int n = 0; n < N; n++)
-    for (long r = 0; r < shape.rows; r++)
-      y[r * shape.outputs + n * stride] = (bias ? bias[n] : 0) + sums[n][r / LANES][r % LANES];
+    for (long r = 0; r < shape.rows; r++) {
+      const long at = r * shape.outputs + n * stride;
+      y[at] = (more ? more[at] : 0) + (bias ? bias[n] : 0) + sums[n][r / LANES][r % LANES];
+    }
+}
+
+// What follows is for the threads of a parallel region to share.
+
+inline long in_strips(long rows) { return rows % STRIP < STRIP_FROM ? rows - rows % STRIP : rows; }
+
+// Rows of x side by side: a strip for each full STRIP of them, and for what is left if it is enough.
+void into_strips(const float *x, float *strips, long rows, long inputs) {
+#pragma omp for collapse(2)
+  for (long first = 0; first < in_strips(rows); first += STRIP)
+    for (long i = 0; i < inputs; i++)
+      for (long r = 0; r < STRIP; r++)
+        strips[first * inputs + i * STRIP + r] = first + r < rows ? x[(first + r) * inputs + i] : 0;
+}
+
+// y = more + bias + x times the weights, which are read once; nobody waits for the others in the end.
+void multiply_few(const float *x, const float *strips, Linear layer, const float *more, float *y, Shape whole) {
+  const long rows = whole.rows, outputs = whole.outputs, inputs = whole.inputs, stripped = in_strips(rows);
+#pragma omp for nowait
+  for (long n = 0; n < outputs; n += OUTPUTS) {
+    const bool full = n + OUTPUTS <= outputs;
+    const float *w = layer.weight + n * inputs, *b = layer.bias ? layer.bias + n : nullptr;
+    for (long first = 0; first < stripped; first += STRIP) {
+      const Shape shape = {rows - first < STRIP ? rows - first : STRIP, outputs, inputs};
+      const float *strip = strips + first * inputs, *plus = more ? more + first * outputs + n : more;
+      float *to = y + first * outputs + n;
+      if (full)
+        across<OUTPUTS>(strip, STRIP, w, b, plus, to, 1, shape);
+      else
+        for (long j = 0; j < outputs - n; j++)
+          across<1>(strip, STRIP, w + j * inputs, b ? b + j : b, plus ? plus + j : plus, to + j, 1, shape);
+    }
+    const Shape shape = {rows - stripped, outputs, inputs};
+    const float *from = x + stripped * inputs, *plus = more ? more + stripped * outputs + n : more;
+    float *to = y + stripped * outputs + n;
+    for (long j = 0; j < (full ? OUTPUTS : outputs - n); j += full ? 3 : 1)
+      if (full)
+        some_along<3>(from, w + j * inputs, b ? b + j : b, plus ? plus + j : plus, to + j, shape);
+      else
+        some_along<1>(from, w + j * inputs, b ? b + j : b, plus ? plus + j : plus, to + j, shape);
+  }
+}
+
+// See `attend`.
+void attend_few(const float *q, const float *keys, const float *values, float *y, float *scores, const long *begins,
+                long rows, long heads, long group, long tokens, long capacity, long size, float scale) {
+#pragma omp for schedule(dynamic)
+  for (long task = 0; task < rows * heads; task++) {
+    const long begin = begins[task / heads], seen = tokens - begin, whole = seen - seen % 3;
+    const float *k = keys + (task * capacity + begin) * size, *v = values + (task * capacity + begin) * size;
+    const float *from = q + task * group * size;
+    float *to = y + task * group * size, *weights = scores + task * group * tokens;
+    const Shape dots = {group, seen, size};
+    for (long t = 0; t < whole; t += 3) some_along<3>(from, k + t * size, nullptr, nullptr, weights + t, dots);
+    for (long t = whole; t < seen; t++) some_along<1>(from, k + t * size, nullptr, nullptr, weights + t, dots);
+    for (long h = 0; h < group; h++) {
+      float *w = weights + h * seen;
+      const float sum = exponentials(w, seen, largest(w, seen), scale);
+      for (long t = 0; t < seen; t++) w[t] /= sum;
+    }
+    const Shape mixed = {STRIP, 1, seen};
+    for (long column = 0; column < size; column += STRIP)
+      for (long h = 0, taken; h < group; h += taken) {
+        const float *strip = v + column, *w = weights + h * seen;
+        float *some = to + h * size + column;
+        taken = group - h >= 4 ? 4 : group - h >= 3 ? 3 : 1;
+        if (taken == 4) across<4>(strip, size, w, nullptr, nullptr, some, size, mixed);
+        if (taken == 3) across<3>(strip, size, w, nullptr, nullptr, some, size, mixed);
+        if (taken == 1) across<1>(strip, size, w, nullptr, nullptr, some, size, mixed);
+      }
+  }
+}
+
+// y = x * (offset + weight) over x's root mean square, which may be in place; returns one over that root.
+inline float norm_of(const float *x, const float *weight, float *y, long size, float epsilon, float offset) {
+  const float scale = 1 / __builtin_sqrtf(dot(x, x, size) / size + epsilon);
+  for (long i = 0; i < size; i++) y[i] = (offset + weight[i]) * (x[i] * scale);
+  return scale;
+}
+
+// y = x turned by a position's angles, or back.
+inline void turn(const float *__restrict x, const float *__restrict cosines, const float *__restrict sines,
+                 float *__restrict y, long size, bool back) {
+  const long half = size / 2;
+  if (back)
+    for (long i = 0; i < half; i++) {
+      y[i] = x[i] * cosines[i] + x[half + i] * sines[half + i];
+      y[half + i] = x[half + i] * cosines[half + i] - x[i] * sines[i];
+    }
+  else
+    for (long i = 0; i < half; i++) {
+      y[i] = x[i] * cosines[i] - x[half + i] * sines[i];
+      y[half + i] = x[half + i] * cosines[half + i] + x[i] * sines[half + i];
+    }
+}
+
+void gated(const float *gate, const float *up, float *y, long n) {
+#pragma omp for
+  for (long i = 0; i < n; i += LANES) {
+    const long count = n - i < LANES ? n - i : LANES;
+    const Vector g = some_of(gate + i, count), u = some_of(up + i, count);
+    put(y + i, g / (1 + _ZGVdN8v_expf(-g)) * u, count);
+  }
 }
 
 // The cblas_sgemm of a BLAS whose integers have 32 bits.
@@ -199,47 +323,14 @@ extern "C" void multiply(Sgemm sgemm, const float *a, const float *b, const floa
   }
 }
 
-// y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k], with weights as they lie, each read once. A strip for each
-// full STRIP of rows, and for what is left if it is enough; `strips` has room for all rows of x and 15 more.
+// y[r, n] = bias[n] + sum over k of x[r, k] * weight[n, k], with weights as they lie, each read once. `strips` has room
+// for all rows of x and 15 more.
 extern "C" void few_rows(const float *x, const float *weight, const float *bias, float *y, float *strips, long rows,
                          long outputs, long inputs, int threads) {
-  const long rest = rows % STRIP;
-  const long in_strips = rest < STRIP_FROM ? rows - rest : rows;
-  const long count = (in_strips + STRIP - 1) / STRIP;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for collapse(2)
-    for (long s = 0; s < count; s++)
-      for (long i = 0; i < inputs; i++)
-        for (long r = 0; r < STRIP; r++) {
-          const long row = s * STRIP + r;
-          strips[(s * inputs + i) * STRIP + r] = row < rows ? x[row * inputs + i] : 0;
-        }
-#pragma omp for
-    for (long block = 0; block < (outputs + OUTPUTS - 1) / OUTPUTS; block++) {
-      const long n = block * OUTPUTS;
-      const bool whole = n + OUTPUTS <= outputs;
-      const float *w = weight + n * inputs, *b = bias ? bias + n : nullptr;
-      for (long s = 0; s < count; s++) {
-        const long first = s * STRIP;
-        const Shape shape = {rows - first < STRIP ? rows - first : STRIP, outputs, inputs};
-        const float *strip = strips + first * inputs;
-        float *to = y + first * outputs + n;
-        if (whole)
-          across<OUTPUTS>(strip, STRIP, w, b, to, 1, shape);
-        else
-          for (long j = 0; j < outputs - n; j++)
-            across<1>(strip, STRIP, w + j * inputs, b ? b + j : b, to + j, 1, shape);
-      }
-      const Shape shape = {rows - in_strips, outputs, inputs};
-      const float *from = x + in_strips * inputs;
-      float *to = y + in_strips * outputs + n;
-      for (long j = 0; j < (whole ? OUTPUTS : outputs - n); j += whole ? 3 : 1)
-        if (whole)
-          some_along<3>(from, w + j * inputs, b ? b + j : b, to + j, shape);
-        else
-          some_along<1>(from, w + j * inputs, b ? b + j : b, to + j, shape);
-    }
+    into_strips(x, strips, rows, inputs);
+    multiply_few(x, strips, {weight, bias}, nullptr, y, {rows, outputs, inputs});
   }
 }
 
@@ -313,43 +404,16 @@ extern "C" void attend_within_backward(Sgemm sgemm, const float *of_y, const flo
 extern "C" void attend(const float *q, const float *keys, const float *values, float *y, float *scores,
                        const long *begins, long rows, long heads, long group, long tokens, long capacity, long size,
                        float scale, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (long task = 0; task < rows * heads; task++) {
-    const long begin = begins[task / heads], seen = tokens - begin, whole = seen - seen % 3;
-    const float *k = keys + (task * capacity + begin) * size, *v = values + (task * capacity + begin) * size;
-    const float *from = q + task * group * size;
-    float *to = y + task * group * size, *weights = scores + task * group * tokens;
-    const Shape dots = {group, seen, size};
-    for (long t = 0; t < whole; t += 3) some_along<3>(from, k + t * size, nullptr, weights + t, dots);
-    for (long t = whole; t < seen; t++) some_along<1>(from, k + t * size, nullptr, weights + t, dots);
-    for (long h = 0; h < group; h++) {
-      float *w = weights + h * seen;
-      const float sum = exponentials(w, seen, largest(w, seen), scale);
-      for (long t = 0; t < seen; t++) w[t] /= sum;
-    }
-    const Shape mixed = {STRIP, 1, seen};
-    for (long column = 0; column < size; column += STRIP)
-      for (long h = 0, taken; h < group; h += taken) {
-        const float *strip = v + column, *w = weights + h * seen;
-        float *some = to + h * size + column;
-        taken = group - h >= 4 ? 4 : group - h >= 3 ? 3 : 1;
-        if (taken == 4) across<4>(strip, size, w, nullptr, some, size, mixed);
-        if (taken == 3) across<3>(strip, size, w, nullptr, some, size, mixed);
-        if (taken == 1) across<1>(strip, size, w, nullptr, some, size, mixed);
-      }
-  }
+#pragma omp parallel num_threads(threads)
+  attend_few(q, keys, values, y, scores, begins, rows, heads, group, tokens, capacity, size, scale);
 }
 
 // y = x * (offset + weight) over the root mean square of each row, `[rows, size]`; scales: `[rows]`, one over that root.
-extern "C" void norm(const float *__restrict x, const float *__restrict weight, float *__restrict y,
-                     float *__restrict scales, long rows, long size, float epsilon, float offset, int threads) {
+extern "C" void norm(const float *x, const float *weight, float *y, float *scales, long rows, long size,
+                     float epsilon, float offset, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long row = 0; row < rows; row++) {
-    const float *from = x + row * size;
-    float *to = y + row * size;
-    const float scale = scales[row] = 1 / __builtin_sqrtf(dot(from, from, size) / size + epsilon);
-    for (long i = 0; i < size; i++) to[i] = (offset + weight[i]) * (from[i] * scale);
-  }
+  for (long row = 0; row < rows; row++)
+    scales[row] = norm_of(x + row * size, weight, y + row * size, size, epsilon, offset);
 }
 
 // The gradients of that, from y's; that of the weight, unless null, in parts to be added up: `[threads, size]`, zeros
@@ -373,37 +437,20 @@ extern "C" void norm_backward(const float *__restrict of_y, const float *__restr
 
 // y = x turned by its position's angles, or back, `[tokens, heads, size]`; cosines and sines: `[positions, size]`, and
 // token t has those of t modulo positions.
-extern "C" void rotate(const float *__restrict x, const float *__restrict cosines, const float *__restrict sines,
-                       float *__restrict y, long tokens, long heads, long size, long positions, int back, int threads) {
-  const long half = size / 2;
+extern "C" void rotate(const float *x, const float *cosines, const float *sines, float *y, long tokens, long heads,
+                       long size, long positions, int back, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long t = 0; t < tokens; t++) {
-    const float *c = cosines + t % positions * size, *s = sines + t % positions * size;
-    for (long h = t * heads; h < (t + 1) * heads; h++) {
-      const float *a = x + h * size, *b = a + half;
-      float *to = y + h * size;
-      if (back)
-        for (long i = 0; i < half; i++) {
-          to[i] = a[i] * c[i] + b[i] * s[half + i];
-          to[half + i] = b[i] * c[half + i] - a[i] * s[i];
-        }
-      else
-        for (long i = 0; i < half; i++) {
-          to[i] = a[i] * c[i] - b[i] * s[i];
-          to[half + i] = b[i] * c[half + i] + a[i] * s[half + i];
-        }
-    }
+    const long angles = t % positions * size;
+    for (long h = t * heads; h < (t + 1) * heads; h++)
+      turn(x + h * size, cosines + angles, sines + angles, y + h * size, size, back);
   }
 }
 
 // y = silu(gate) * up, n of each.
 extern "C" void swiglu(const float *gate, const float *up, float *y, long n, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < n; i += LANES) {
-    const long count = n - i < LANES ? n - i : LANES;
-    const Vector g = some_of(gate + i, count), u = some_of(up + i, count);
-    put(y + i, g / (1 + _ZGVdN8v_expf(-g)) * u, count);
-  }
+#pragma omp parallel num_threads(threads)
+  gated(gate, up, y, n);
 }
 
 // The gradients of that, from y's.
@@ -416,5 +463,118 @@ extern "C" void swiglu_backward(const float *of_y, const float *gate, const floa
     const Vector open = 1 / (1 + _ZGVdN8v_expf(-g));
     put(of_up + i, given * (g * open), count);
     put(of_gate + i, given * u * (open * (1 + g * (1 - open))), count);
+  }
+}
+
+// A decoder layer as in Llama: what does not change from step to step.
+struct Layer {
+  const float *norm, *norm_of_mlp, *norm_of_q, *norm_of_k; // the latter two may be null
+  Linear q, k, v, o, gate, up, down;
+  long width, heads, kept, size, inner; // of x, heads of queries and of keys, their size, and that of the MLP
+  float epsilon, scale;
+  int rotates;
+};
+
+// Room for what is made on the way, of as many rows as there are.
+struct Room {
+  float *x;                  // `[rows, width]`
+  float *strips;             // rows and 15 more of the widest
+  float *q, *attended;       // `[rows, heads, size]`
+  float *k, *v;              // `[rows, kept, size]`
+  float *scores;             // `[rows, heads, tokens]`
+  float *middle;             // `[rows, width]`
+  float *gate, *up;          // `[rows, inner]`
+};
+
+// One new token of each row, x to y, `[rows, width]`. Its key and value come to stand in the column `filled` of `[rows,
+// kept, capacity, size]`, and it sees those of its row from `begins` on. Cosines and sines: `[positions, size]`, and row
+// r has those of r modulo positions.
+extern "C" void decode(const Layer *layer, const Room *room, const float *x, float *y, const float *cosines,
+                       const float *sines, float *keys, float *values, const long *begins, long rows, long positions,
+                       long filled, long capacity, int threads) {
+  const Layer l = *layer;
+  const Room at = *room;
+  const long size = l.size, of_q = l.heads * size, of_k = l.kept * size;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (long r = 0; r < rows; r++) norm_of(x + r * l.width, l.norm, at.x + r * l.width, l.width, l.epsilon, 0);
+    into_strips(at.x, at.strips, rows, l.width);
+    multiply_few(at.x, at.strips, l.q, nullptr, at.q, {rows, of_q, l.width});
+    multiply_few(at.x, at.strips, l.k, nullptr, at.k, {rows, of_k, l.width});
+    multiply_few(at.x, at.strips, l.v, nullptr, at.v, {rows, of_k, l.width});
+#pragma omp barrier
+#pragma omp for
+    for (long r = 0; r < rows; r++) {
+      const float *c = cosines + r % positions * size, *s = sines + r % positions * size;
+      for (long h = 0; h < l.heads; h++) {
+        // In the place of what attention gives, which is not there yet.
+        float *q = at.q + r * of_q + h * size, *turned = at.attended + r * of_q + h * size;
+        if (l.norm_of_q) norm_of(q, l.norm_of_q, q, size, l.epsilon, 0);
+        if (!l.rotates) continue;
+        turn(q, c, s, turned, size, false);
+        __builtin_memcpy(q, turned, size * sizeof *q);
+      }
+      for (long h = 0; h < l.kept; h++) {
+        float *k = at.k + r * of_k + h * size;
+        const long to = ((r * l.kept + h) * capacity + filled) * size;
+        if (l.norm_of_k) norm_of(k, l.norm_of_k, k, size, l.epsilon, 0);
+        if (l.rotates)
+          turn(k, c, s, keys + to, size, false);
+        else
+          __builtin_memcpy(keys + to, k, size * sizeof *k);
+        __builtin_memcpy(values + to, at.v + r * of_k + h * size, size * sizeof *values);
+      }
+    }
+    attend_few(at.q, keys, values, at.attended, at.scores, begins, rows, l.kept, l.heads / l.kept, filled + 1, capacity,
+               size, l.scale);
+    into_strips(at.attended, at.strips, rows, of_q);
+    multiply_few(at.attended, at.strips, l.o, x, at.middle, {rows, l.width, of_q});
+#pragma omp barrier
+#pragma omp for
+    for (long r = 0; r < rows; r++)
+      norm_of(at.middle + r * l.width, l.norm_of_mlp, at.x + r * l.width, l.width, l.epsilon, 0);
+    into_strips(at.x, at.strips, rows, l.width);
+    multiply_few(at.x, at.strips, l.gate, nullptr, at.gate, {rows, l.inner, l.width});
+    multiply_few(at.x, at.strips, l.up, nullptr, at.up, {rows, l.inner, l.width});
+#pragma omp barrier
+    gated(at.gate, at.up, at.gate, rows * l.inner);
+    into_strips(at.gate, at.strips, rows, l.inner);
+    multiply_few(at.gate, at.strips, l.down, at.middle, y, {rows, l.width, l.inner});
+  }
+}
+
+// A token of each row of scores, `[rows, vocabulary]`, drawn with the softmax of the row: the first one up to which there
+// is more than a share of all, `shares`, from 0 to below 1. Its logprob, too. scratch: `[threads, vocabulary]`.
+extern "C" void draw(const float *scores, const double *shares, long *tokens, float *logprobs, float *scratch,
+                     long rows, long vocabulary, int threads) {
+  constexpr long BLOCK = 512; // whose sum is made in fp32; sums of blocks near all would round away an unlikely token
+  // What is there of it from `first` on.
+  const auto block = [vocabulary](long first) { return first + BLOCK < vocabulary ? BLOCK : vocabulary - first; };
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long row = 0; row < rows; row++) {
+    const float *own = scores + row * vocabulary, most = largest(own, vocabulary);
+    float *w = scratch + omp_get_thread_num() * vocabulary;
+    __builtin_memcpy(w, own, vocabulary * sizeof *w);
+    double total = 0, below = 0;
+    for (long first = 0; first < vocabulary; first += BLOCK) total += exponentials(w + first, block(first), most, 1);
+    double at = shares[row] * total;
+    if (at >= total) at = __builtin_nextafter(total, 0); // by rounding
+    long chosen = 0;
+    for (long first = 0; first < vocabulary; first += BLOCK) {
+      const float sum = added(w + first, block(first));
+      if (below + sum <= at) {
+        below += sum;
+        continue;
+      }
+      for (long i = first; i < first + block(first); i++) {
+        if (w[i] > 0) chosen = i; // the last one, should rounding leave none
+        below += w[i];
+        if (below > at) break;
+      }
+      break;
+    }
+    tokens[row] = chosen;
+    logprobs[row] = own[chosen] - most - __builtin_log(total);
   }
 }

@@ -29,6 +29,8 @@ _ARGUMENTS = {
     "multiply": [*[_POINTER] * 5, *[_LONG] * 3, *[_INT] * 3],
     "attend_within": [*[_POINTER] * 8, *[_LONG] * 5, _FLOAT, _INT],
     "attend_within_backward": [*[_POINTER] * 12, *[_LONG] * 5, _FLOAT, _INT],
+    "decode": [*[_POINTER] * 9, *[_LONG] * 4, _INT],
+    "draw": [*[_POINTER] * 5, *[_LONG] * 2, _INT],
     "attend": [*[_POINTER] * 6, *[_LONG] * 6, _FLOAT, _INT],
     "norm": [*[_POINTER] * 4, *[_LONG] * 2, *[_FLOAT] * 2, _INT],
     "norm_backward": [*[_POINTER] * 6, *[_LONG] * 2, _FLOAT, _INT],
@@ -46,8 +48,8 @@ def are_there() -> bool:
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
 
 
-def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a kernel with as many threads as torch has; tensors must be what it says, nothing is checked."""
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel with as many threads as torch has; tensors, numbers and pointers must be what it says."""
     plain: list[Any] = []
     for argument in arguments:
         if type(argument) is FakeTensor:

@@ -45,11 +45,16 @@ def seen_from(begins: Tensor) -> Iterator[None]:
         _begins.reset(token)
 
 
+def rows_see_from() -> Tensor | None:
+    """The `begins` of a step; None out of one."""
+    return _begins.get()
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[rows, heads, tokens, size]` each, to `[rows, new tokens, heads, size]`."""
-    begins = _begins.get()
+    begins = rows_see_from()
     if begins is None or not is_plain(kwargs) or not _fits(query, key, value, begins):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
     rows, heads, _, size = query.shape

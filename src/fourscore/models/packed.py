@@ -13,7 +13,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from fourscore.models import few_rows, kernels
+from fourscore.models import kernels
+from fourscore.models.few_rows import FewRows
 from fourscore.models.forward_as import forward_as
 from fourscore.models.onednn import has_products, product
 from fourscore.models.products import fast_products, linear
@@ -69,7 +70,7 @@ def packed(model: nn.Module, *, copy: bool = True) -> Iterator[None]:
                 stack.enter_context(forward_as(module, _product(module)))
         elif (plain := _plain(model)) and kernels.are_there():
             for module in plain:
-                stack.enter_context(forward_as(module, _of_few_rows(module.weight, module.bias)))
+                stack.enter_context(forward_as(module, FewRows(module.weight, module.bias, linear)))
         else:
             stack.enter_context(fast_products(model))
         yield
@@ -104,17 +105,6 @@ def _product(module: Any) -> Callable[..., Tensor]:
             if name in module.lora_A:
                 weight = weight + module.get_delta_weight(name)
     if kernels.are_there():
-        return _of_few_rows(weight, bias)
+        return FewRows(weight, bias, linear)
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return lambda x, *args, **kwargs: product(x, blocks, bias)
-
-
-def _of_few_rows(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    takes = few_rows.takes(weight, bias)
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if takes and few_rows.fits(x, weight):
-            return few_rows.product(x, weight, bias)
-        return linear(x, weight, bias)
-
-    return forward

@@ -83,7 +83,8 @@ def decode(
             new, waiting = waiting[:free], waiting[free:]
             logits.append(cache.read(policy, [prompts[row] for row in new]))
             rows += new
-        scores = restrict_(torch.cat(logits), sampling, [len(found.completions[row]) for row in rows])
+        scores = torch.cat(logits) if len(logits) > 1 else logits[0]
+        scores = restrict_(scores, sampling, [len(found.completions[row]) for row in rows])
         if keep_support and sampling.restricted:
             found.kept.append((torch.tensor(rows, device=device), Support.of(scores > -torch.inf)))
         tokens, logprobs = draw(scores, sampling)

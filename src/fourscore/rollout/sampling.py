@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fourscore.models import kernels
 from fourscore.models.support import Support
 from fourscore.rollout.stopping import StopStrings
 
@@ -102,9 +103,20 @@ def draw(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """
     if sampling.temperature == 0:
         return scores.argmax(1), None
+    if type(scores) is Tensor and (scores.device.type, scores.dtype) == ("cpu", torch.float32) and kernels.are_there():
+        return _drawn_by_kernel(scores.contiguous())
     probabilities = scores.softmax(1)
     tokens = _drawn(probabilities)
     return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+
+
+def _drawn_by_kernel(scores: Tensor) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = scores.shape
+    shares = torch.rand(rows, dtype=torch.double)
+    tokens, logprobs = torch.empty(rows, dtype=torch.long), scores.new_empty(rows)
+    scratch = scores.new_empty(torch.get_num_threads() * vocabulary)
+    kernels.call("draw", scores, shares, tokens, logprobs, scratch, rows, vocabulary)
+    return tokens, logprobs
 
 
 def _drawn(probabilities: Tensor) -> Tensor:

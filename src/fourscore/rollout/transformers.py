@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from fourscore.models.forward import without_peft
 from fourscore.models.fused import fused
+from fourscore.models.layer_of_one_token import layers_of_one_token
 from fourscore.models.one_token import attention_of_one_token
 from fourscore.models.packed import packed
 from fourscore.models.products import fast_products
@@ -111,7 +112,7 @@ def generate(
             group = order[start : start + size]
             some = [prompts[i] for i in group]
             if ours:
-                with attention_of_one_token(policy) if exact else nullcontext():
+                with _of_one_token(policy) if exact else nullcontext():
                     found = decode(
                         policy,
                         some,
@@ -134,6 +135,12 @@ def generate(
     if logprobs:
         experience.logprobs = torch.tensor([logprob for i in in_order for logprob in logprobs[i]], device=device)
     return experience
+
+
+@contextmanager
+def _of_one_token(policy: nn.Module) -> Iterator[None]:
+    with attention_of_one_token(policy), layers_of_one_token(policy):
+        yield
 
 
 def _is_exact(policy: nn.Module) -> bool:
