@@ -24,6 +24,14 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 // Of the maths library that comes with glibc.
 extern "C" Vector _ZGVdN8v_expf(Vector);
 
+// 0 where it would be less than all normal numbers, and no more than they can be: that function makes such as these one
+// by one, which takes many times as long.
+inline Vector exponential(Vector x) {
+  const Vector least = Vector{} - 87, most = Vector{} + 88;
+  const Vector some = _ZGVdN8v_expf(x < least ? least : x > most ? most : x);
+  return x < least ? Vector{} : some;
+}
+
 // Up to LANES numbers, zeros for those that are missing.
 inline Vector some_of(const float *from, long count) {
   Vector some = {};
@@ -46,13 +54,13 @@ inline float exponentials(float *w, long n, float less, float scale) {
   Vector sum = {};
   long i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const Vector some = _ZGVdN8v_expf((some_of(w + i, LANES) - less) * scale);
+    const Vector some = exponential((some_of(w + i, LANES) - less) * scale);
     put(w + i, some, LANES);
     sum += some;
   }
   float rest = 0;
   if (i < n) {
-    put(w + i, _ZGVdN8v_expf((some_of(w + i, n - i) - less) * scale), n - i);
+    put(w + i, exponential((some_of(w + i, n - i) - less) * scale), n - i);
     for (; i < n; i++) rest += w[i];
   }
   return total(sum) + rest;
@@ -272,7 +280,7 @@ void gated(const float *gate, const float *up, float *y, long n) {
   for (long i = 0; i < n; i += LANES) {
     const long count = n - i < LANES ? n - i : LANES;
     const Vector g = some_of(gate + i, count), u = some_of(up + i, count);
-    put(y + i, g / (1 + _ZGVdN8v_expf(-g)) * u, count);
+    put(y + i, g / (1 + exponential(-g)) * u, count);
   }
 }
 
@@ -408,7 +416,8 @@ extern "C" void attend(const float *q, const float *keys, const float *values, f
   attend_few(q, keys, values, y, scores, begins, rows, heads, group, tokens, capacity, size, scale);
 }
 
-// y = x * (offset + weight) over the root mean square of each row, `[rows, size]`; scales: `[rows]`, one over that root.
+// y = x * (offset + weight) over the root mean square of each row, `[rows, size]`; scales: `[rows]`, one over that
+// root.
 extern "C" void norm(const float *x, const float *weight, float *y, float *scales, long rows, long size,
                      float epsilon, float offset, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -460,7 +469,7 @@ extern "C" void swiglu_backward(const float *of_y, const float *gate, const floa
   for (long i = 0; i < n; i += LANES) {
     const long count = n - i < LANES ? n - i : LANES;
     const Vector g = some_of(gate + i, count), u = some_of(up + i, count), given = some_of(of_y + i, count);
-    const Vector open = 1 / (1 + _ZGVdN8v_expf(-g));
+    const Vector open = 1 / (1 + exponential(-g));
     put(of_up + i, given * (g * open), count);
     put(of_gate + i, given * u * (open * (1 + g * (1 - open))), count);
   }
@@ -486,9 +495,9 @@ struct Room {
   float *gate, *up;          // `[rows, inner]`
 };
 
-// One new token of each row, x to y, `[rows, width]`. Its key and value come to stand in the column `filled` of `[rows,
-// kept, capacity, size]`, and it sees those of its row from `begins` on. Cosines and sines: `[positions, size]`, and row
-// r has those of r modulo positions.
+// One new token of each row, x to y, `[rows, width]`. Its key and value come to stand in the column `filled` of
+// `[rows, kept, capacity, size]`, and it sees those of its row from `begins` on. Cosines and sines: `[positions, size]`,
+// and row r has those of r modulo positions.
 extern "C" void decode(const Layer *layer, const Room *room, const float *x, float *y, const float *cosines,
                        const float *sines, float *keys, float *values, const long *begins, long rows, long positions,
                        long filled, long capacity, int threads) {
@@ -544,8 +553,8 @@ extern "C" void decode(const Layer *layer, const Room *room, const float *x, flo
   }
 }
 
-// A token of each row of scores, `[rows, vocabulary]`, drawn with the softmax of the row: the first one up to which there
-// is more than a share of all, `shares`, from 0 to below 1. Its logprob, too. scratch: `[threads, vocabulary]`.
+// A token of each row of scores, `[rows, vocabulary]`, drawn with the softmax of the row: the first one up to which
+// there is more than a share of all, `shares`, from 0 to below 1. Its logprob, too. scratch: `[threads, vocabulary]`.
 extern "C" void draw(const float *scores, const double *shares, long *tokens, float *logprobs, float *scratch,
                      long rows, long vocabulary, int threads) {
   constexpr long BLOCK = 512; // whose sum is made in fp32; sums of blocks near all would round away an unlikely token
