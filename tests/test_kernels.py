@@ -102,8 +102,14 @@ def test_a_profile_shows_them(kernels_are_there: None) -> None:
         generate(policy, [[5, 6, 7]], Sampling(3, 0.0, (), None, 1))
     calls = {row.key: row.count for row in found.key_averages() if row.key.startswith("fourscore::")}
     layers = policy.config.num_hidden_layers
-    # The prompt and two tokens, seven products a layer and the head's.
-    assert calls == {"fourscore::few_rows": 3 * (7 * layers + 1), "fourscore::attend": 2 * layers}
+    # The prompt has seven products a layer; two tokens have a layer at once. All three end with a norm and the head.
+    assert calls == {
+        "fourscore::few_rows": 7 * layers + 3,
+        "fourscore::norm": 2 * layers + 3,
+        "fourscore::rotate": 2 * layers,
+        "fourscore::swiglu": layers,
+        "fourscore::decode": 2 * layers,
+    }
 
 
 @pytest.mark.parametrize("cxx", ['"c++', "nowhere/c++", "c++ -fvisibility=hidden", "c++ --no-such-flag"])

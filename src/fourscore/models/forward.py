@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fourscore.errors import FourscoreError
+from fourscore.models import chosen as kernel
 from fourscore.models.forward_as import forward_as
 from fourscore.models.fused import fused
 from fourscore.models.in_place import embedding_gradient_in_place, head_gradient_in_place
@@ -323,6 +324,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logits = logits_of(some)
             # The edge leads back through the head without keeping the logits themselves.
             edge, dtype = get_gradient_edge(logits) if at_once else None, logits.dtype
+            if kernel.fits(logits, within):
+                given = some.new_ones(len(some)) if at_once else None
+                logprob, entropy, slope = kernel.logprobs_of(logits.detach()[0], chosen, temperature, given)
+                logprobs.append(logprob)
+                entropies.append(entropy)
+                if edge is not None and slope is not None:
+                    slopes += torch.autograd.grad(edge, some, slope[None])
+                continue
             logits = _scaled(logits.detach()[0], temperature, within)
             logits -= logits.amax(1, keepdim=True)
             chosen_logit = logits.gather(1, chosen[:, None]).squeeze(1)
@@ -357,6 +366,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), head_gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
+            if entropy_grads is None and kernel.fits(logits, within):
+                *_, by_kernel = kernel.logprobs_of(logits.detach()[0], chosen, ctx.temperature, grads)
+                assert by_kernel is not None
+                logits.backward(by_kernel[None])
+                pieces.append(some.grad)
+                continue
             slope = _scaled(logits.detach()[0], ctx.temperature, within)
             slope -= slope.amax(1, keepdim=True)
             bonus = None if entropy_grads is None else _entropy_slope(slope, entropy_grads / ctx.temperature)

@@ -66,7 +66,7 @@ def is_silu(activation: Any) -> bool:
 
 
 def _normed(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if not _fit(x, module.weight):
+    if not are_plain(x, module.weight):
         return otherwise(x)
     gemma = type(module).__name__.startswith("Gemma")  # whose weights are what is more than one
     arguments = x, module.weight, module.eps if gemma else module.variance_epsilon, float(gemma)
@@ -75,7 +75,7 @@ def _normed(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Te
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if not _fit(gate, up):
+    if not are_plain(gate, up):
         return module.down_proj(module.act_fn(gate) * up)
     return module.down_proj(_SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up))
 
@@ -85,7 +85,7 @@ def _rotates(family: ModuleType) -> Iterator[None]:
     otherwise = getattr(family, _ROTATE)
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs or not _fit(q, k, cos, sin) or cos.shape[-1] != q.shape[-1] or cos.requires_grad:
+        if args or kwargs or not are_plain(q, k, cos, sin) or cos.shape[-1] != q.shape[-1] or cos.requires_grad:
             return otherwise(q, k, cos, sin, *args, **kwargs)
         rotate = _Rotate.apply if torch.is_grad_enabled() else _rotate
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -97,7 +97,7 @@ def _rotates(family: ModuleType) -> Iterator[None]:
         setattr(family, _ROTATE, otherwise)
 
 
-def _fit(*tensors: Tensor) -> bool:
+def are_plain(*tensors: Tensor) -> bool:
     """Whether these are fp32 numbers on a CPU; a plan's have no data, but are counted."""
     return all(
         type(t) in (Tensor, nn.Parameter, FakeTensor) and t.dtype == torch.float32 and t.device.type == "cpu"

@@ -1,5 +1,5 @@
 // Products of linear layers, those of few rows apart; attention within samples, and that of one token, for decoding;
-// RMS norms, rotary positions and SwiGLU; a whole decoder layer of one token; tokens drawn.
+// RMS norms, rotary positions and SwiGLU; a whole decoder layer of one token; tokens drawn, and logprobs.
 
 #include <omp.h>
 
@@ -305,6 +305,8 @@ inline long bound(long whole, long parts, long part) {
   return part * size < whole ? part * size : whole;
 }
 
+constexpr long BLOCK = 512; // numbers whose sum is made in fp32: near that of a whole vocabulary few would count
+
 constexpr long QUERIES = 64; // tokens of a sample whose attention is made at a time
 
 } // namespace
@@ -496,8 +498,8 @@ struct Room {
 };
 
 // One new token of each row, x to y, `[rows, width]`. Its key and value come to stand in the column `filled` of
-// `[rows, kept, capacity, size]`, and it sees those of its row from `begins` on. Cosines and sines: `[positions, size]`,
-// and row r has those of r modulo positions.
+// `[rows, kept, capacity, size]`, and it sees those of its row from `begins` on. Cosines and sines: `[positions,
+// size]`, and row r has those of r modulo positions.
 extern "C" void decode(const Layer *layer, const Room *room, const float *x, float *y, const float *cosines,
                        const float *sines, float *keys, float *values, const long *begins, long rows, long positions,
                        long filled, long capacity, int threads) {
@@ -557,7 +559,6 @@ extern "C" void decode(const Layer *layer, const Room *room, const float *x, flo
 // there is more than a share of all, `shares`, from 0 to below 1. Its logprob, too. scratch: `[threads, vocabulary]`.
 extern "C" void draw(const float *scores, const double *shares, long *tokens, float *logprobs, float *scratch,
                      long rows, long vocabulary, int threads) {
-  constexpr long BLOCK = 512; // whose sum is made in fp32; sums of blocks near all would round away an unlikely token
   // What is there of it from `first` on.
   const auto block = [vocabulary](long first) { return first + BLOCK < vocabulary ? BLOCK : vocabulary - first; };
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -585,5 +586,42 @@ extern "C" void draw(const float *scores, const double *shares, long *tokens, fl
     }
     tokens[row] = chosen;
     logprobs[row] = own[chosen] - most - __builtin_log(total);
+  }
+}
+
+// Logprobs of chosen tokens and entropies of the rows of logits over a temperature, `[rows, vocabulary]`. `slopes`,
+// unless null, become the gradients of the logprobs with respect to the logits, times what is `given` for each row.
+// scratch, if there are none: `[threads, vocabulary]`.
+extern "C" void logprobs(const float *logits, const long *chosen, const float *given, float *slopes, float *logprobs,
+                         float *entropies, float *scratch, long rows, long vocabulary, float temperature, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long row = 0; row < rows; row++) {
+    const float *own = logits + row * vocabulary, most = largest(own, vocabulary) / temperature;
+    float *w = slopes ? slopes + row * vocabulary : scratch + omp_get_thread_num() * vocabulary;
+    double all = 0, weighted = 0;
+    for (long first = 0, end; first < vocabulary; first = end) { // in double what fp32 would round away
+      end = first + BLOCK < vocabulary ? first + BLOCK : vocabulary;
+      Vector sum = {}, of_logits = {};
+      for (long i = first; i < end; i += LANES) {
+        const long count = end - i < LANES ? end - i : LANES;
+        Vector x = some_of(own + i, count) / temperature - most;
+        const Vector least = Vector{} - 1e30f; // of minus infinity there is nothing, either
+        x = x < least ? least : x;
+        Vector some = exponential(x);
+        for (long lane = count; lane < LANES; lane++) some[lane] = 0;
+        put(w + i, some, count);
+        sum += some;
+        of_logits += some * x;
+      }
+      all += total(sum);
+      weighted += total(of_logits);
+    }
+    const double log = __builtin_log(all);
+    logprobs[row] = own[chosen[row]] / temperature - most - log;
+    entropies[row] = log - weighted / all;
+    if (!slopes) continue;
+    const float scale = given[row] / temperature, less = scale / all;
+    for (long i = 0; i < vocabulary; i++) w[i] *= -less;
+    w[chosen[row]] += scale;
   }
 }

@@ -1,0 +1,40 @@
+"""Logprobs of chosen tokens by a kernel, once over the logits: torch has a tensor of their size for each operation.
+
+What it is worth: `benchmarks/fused.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from fourscore.models import kernels
+from fourscore.models.fused import are_plain
+from fourscore.models.support import Support
+
+
+def fits(logits: Tensor, support: Support | None) -> bool:
+    """Whether the kernel can take these: fp32 on a CPU, and all of the vocabulary."""
+    return support is None and are_plain(logits) and kernels.are_there()
+
+
+def logprobs_of(
+    logits: Tensor, chosen: Tensor, temperature: float, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logprobs `[c]` in nats, entropies `[c]`, and the gradients of the logprobs with respect to the logits `[c, V]`.
+
+    Args:
+        logits: `[c, V]`; they must fit.
+        chosen: `[c]` tokens.
+        temperature: logits are divided by it.
+        given: `[c]`, what the gradients are multiplied with; None: there are none.
+    """
+    logits = logits.contiguous()
+    rows, vocabulary = logits.shape
+    logprobs, entropies = logits.new_empty(rows), logits.new_empty(rows)
+    slopes = scratch = None
+    if given is None:
+        scratch = logits.new_empty(torch.get_num_threads() * vocabulary)
+    else:
+        slopes, given = torch.empty_like(logits), given.contiguous()
+    made = slopes, logprobs, entropies, scratch
+    kernels.call("logprobs", logits, chosen.contiguous(), given, *made, rows, vocabulary, temperature)
+    return logprobs, entropies, slopes
