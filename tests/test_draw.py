@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fourscore.errors import FourscoreError
 from fourscore.models import kernels
 from fourscore.rollout import sampling
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("kernels_are_there")
 
 
 def drawn(scores: Tensor, shares: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Tensor]:
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.tensor(shares, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: torch.tensor(shares, dtype=dtype))
     tokens, logprobs = sampling._drawn_by_kernel(scores)
     return tokens.tolist(), logprobs
 
@@ -54,6 +55,14 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should(monkeypatch: pytest.M
     for share in (1.0001 / total, 1.0005 / total, 1.0009 / total):
         tokens, _ = drawn(scores, [share], monkeypatch)
         assert tokens[0] == pytest.approx((share * total - 1) * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_a_number_is_an_error(value: float) -> None:
+    scores = torch.zeros(2, 5)
+    scores[1, 3] = value
+    with pytest.raises(FourscoreError, match=r"NaN.*--learning_rate"):
+        sampling._drawn_by_kernel(scores)
 
 
 def test_it_draws_as_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from test_one_token import called  # noqa: F401
 from test_rollout import sampling
 from test_unpadded import policy_of
 
+from fourscore.models import kernels
 from fourscore.models import layer_of_one_token as module
 from fourscore.models.layer_of_one_token import FAMILIES
 from fourscore.ppo.experience import Experience
@@ -32,7 +33,9 @@ def rollout(model: Any, prompts: list[list[int]] = PROMPTS, **changes: Any) -> E
 
 
 def compare(model: Any, prompts: list[list[int]] = PROMPTS) -> None:
-    found = rollout(model, prompts)
+    with patch.object(kernels, "call", wraps=kernels.call) as call:
+        found = rollout(model, prompts)
+    assert "decode" in {each.args[0] for each in call.call_args_list}
     with patch.object(module, "_described", lambda layer: None):
         wanted = rollout(model, prompts)
     assert found.completions() == wanted.completions()
@@ -81,7 +84,7 @@ def test_without_copies_plain_weights_are_enough(called: list[str]) -> None:  # 
     assert "decode" in called
 
 
-@pytest.mark.parametrize("why", ["family", "hook", "activation", "size of heads", "dtype", "rows"])
+@pytest.mark.parametrize("why", ["family", "attention", "hook", "activation", "size of heads", "dtype", "rows"])
 def test_all_else_is_layer_by_layer(why: str, called: list[str]) -> None:  # noqa: F811
     changes = {"activation": {"hidden_act": "gelu"}, "size of heads": {"head_dim": 24}}
     model = policy("gemma" if why == "family" else "llama", **changes.get(why, {}))
@@ -89,6 +92,8 @@ def test_all_else_is_layer_by_layer(why: str, called: list[str]) -> None:  # noq
     if why == "hook":
         for layer in model.model.layers:
             layer.mlp.up_proj.register_forward_hook(lambda *args: seen.append(1))
+    if why == "attention":
+        model.set_attn_implementation("eager")
     if why == "dtype":
         model = model.double()
     rollout(model, PROMPTS * 25 if why == "rows" else PROMPTS)

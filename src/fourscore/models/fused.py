@@ -47,16 +47,21 @@ def fused(model: Any) -> Iterator[None]:
 
 
 def _has_them(model: Any) -> bool:
-    plain = not torch.is_autocast_enabled("cpu") and not recomputes(model)
-    return plain and model.config.get_text_config().model_type in FAMILIES and kernels.are_there()
+    first = next(model.parameters())  # on a GPU no kernel needs to be made
+    plain = (first.device.type, first.dtype) == ("cpu", torch.float32)
+    if not plain or torch.is_autocast_enabled("cpu") or recomputes(model):
+        return False
+    return model.config.get_text_config().model_type in FAMILIES and kernels.are_there()
 
 
 def _forward_of(module: Any) -> Callable[..., Tensor] | None:
+    if "forward" in vars(module):
+        return None  # someone else's
     name = type(module).__name__
     if name.endswith("RMSNorm"):
         return partial(_normed, module, module.forward)
     if name.endswith("MLP") and hasattr(module, "gate_proj") and is_silu(module.act_fn):
-        return partial(_mlp, module)
+        return None if module.act_fn._forward_hooks or module.act_fn._forward_pre_hooks else partial(_mlp, module)
     return None
 
 

@@ -27,9 +27,14 @@ extern "C" Vector _ZGVdN8v_expf(Vector);
 // 0 where it would be less than all normal numbers, and no more than they can be: that function makes such as these one
 // by one, which takes many times as long.
 inline Vector exponential(Vector x) {
-  const Vector least = Vector{} - 87, most = Vector{} + 88;
+  const Vector least = Vector{} - 87.33f, most = Vector{} + 88.72f;
   const Vector some = _ZGVdN8v_expf(x < least ? least : x > most ? most : x);
   return x < least ? Vector{} : some;
+}
+
+inline Vector sigmoid(Vector x) {
+  const Vector least = Vector{} - 88;
+  return x < least ? Vector{} : 1 / (1 + exponential(-x));
 }
 
 // Up to LANES numbers, zeros for those that are missing.
@@ -280,7 +285,7 @@ void gated(const float *gate, const float *up, float *y, long n) {
   for (long i = 0; i < n; i += LANES) {
     const long count = n - i < LANES ? n - i : LANES;
     const Vector g = some_of(gate + i, count), u = some_of(up + i, count);
-    put(y + i, g / (1 + exponential(-g)) * u, count);
+    put(y + i, g * sigmoid(g) * u, count);
   }
 }
 
@@ -471,7 +476,7 @@ extern "C" void swiglu_backward(const float *of_y, const float *gate, const floa
   for (long i = 0; i < n; i += LANES) {
     const long count = n - i < LANES ? n - i : LANES;
     const Vector g = some_of(gate + i, count), u = some_of(up + i, count), given = some_of(of_y + i, count);
-    const Vector open = 1 / (1 + exponential(-g));
+    const Vector open = sigmoid(g);
     put(of_up + i, given * (g * open), count);
     put(of_gate + i, given * u * (open * (1 + g * (1 - open))), count);
   }

@@ -17,7 +17,7 @@ from fourscore.models import few_rows, kernels
 from fourscore.models.few_rows import FewRows
 from fourscore.models.forward_as import forward_as
 from fourscore.models.fused import is_silu
-from fourscore.models.one_token import rows_see_from
+from fourscore.models.one_token import attends_by_kernel, rows_see_from
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 """`model_type` of models whose layers are Llama's, but for biases, norms of queries and keys, and layers that do not
@@ -51,21 +51,22 @@ class _Room(ctypes.Structure):
 
 
 class _Rooms:
-    """The room that all layers of a model use one after the other; it grows with the rows and their capacity."""
+    """The room that the layers of a model use one after the other; made anew where it has to be another."""
 
     def __init__(self) -> None:
-        self._for: tuple[int, int] = 0, 0
+        self._sizes: dict[str, int] = {}
         self._numbers: dict[str, Tensor] = {}
         self._room = _Room()
 
     def of(self, layer: _Layer, rows: int, capacity: int) -> _Room:
-        if self._for != (rows, capacity):
-            self._for = rows, capacity
-            of_q, of_k = layer.heads * layer.size, layer.kept * layer.size
-            sizes = {"x": layer.width, "middle": layer.width, "q": of_q, "attended": of_q, "k": of_k, "v": of_k}
-            sizes |= {"gate": layer.inner, "up": layer.inner, "scores": layer.heads * capacity}
-            self._numbers = {name: torch.empty(rows * size) for name, size in sizes.items()}
-            self._numbers["strips"] = torch.empty((rows + kernels.STRIP - 1) * max(layer.width, of_q, layer.inner))
+        of_q, of_k = layer.heads * layer.size, layer.kept * layer.size
+        widths = {"x": layer.width, "middle": layer.width, "q": of_q, "attended": of_q, "k": of_k, "v": of_k}
+        widths |= {"gate": layer.inner, "up": layer.inner, "scores": layer.heads * capacity}
+        sizes = {name: rows * width for name, width in widths.items()}
+        sizes["strips"] = (rows + kernels.STRIP - 1) * max(layer.width, of_q, layer.inner)
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._numbers = {name: torch.empty(size, dtype=torch.float32, device="cpu") for name, size in sizes.items()}
             self._room = _Room(**{name: numbers.data_ptr() for name, numbers in self._numbers.items()})
         return self._room
 
@@ -74,13 +75,13 @@ class _Rooms:
 def layers_of_one_token(model: Any) -> Iterator[None]:
     """In this context steps with `seen_from` have layers by a kernel, where a model allows it; all else is as ever.
 
-    Within that of `packed`, whose weights it multiplies with.
+    Within those of `packed`, whose weights it multiplies with, and of `attention_of_one_token`.
 
     Args:
         model: PEFT or plain, all in fp32 on a CPU, in evaluation mode, and not under autocast.
     """
     with ExitStack() as stack:
-        if model.config.get_text_config().model_type in FAMILIES and kernels.are_there():
+        if model.config.get_text_config().model_type in FAMILIES and attends_by_kernel(model):
             rooms = _Rooms()
             for layer in model.modules():
                 if type(layer).__name__.endswith("DecoderLayer") and (made := _described(layer)) is not None:
@@ -97,10 +98,11 @@ def _described(layer: Any) -> tuple[_Layer, list[FewRows]] | None:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     by_kernel = [f for f in forwards if isinstance(f, FewRows) and f.takes]
-    plain = len(by_kernel) == len(forwards) and all(few_rows.takes(norm.weight, None) for norm in norms)
+    own = all(type(norm).__name__.endswith("RMSNorm") and few_rows.takes(norm.weight, None) for norm in norms)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules() if m is not layer)
-    alike = len({norm.variance_epsilon for norm in norms}) == 1
-    if not plain or hooked or not alike or not is_silu(mlp.act_fn) or attention.head_dim % kernels.STRIP:
+    if len(by_kernel) < len(forwards) or not own or hooked or not is_silu(mlp.act_fn):
+        return None
+    if len({norm.variance_epsilon for norm in norms}) > 1 or attention.head_dim % kernels.STRIP:
         return None
     described = _Layer()
     for name, norm in zip(("norm", "norm_of_mlp", "norm_of_q", "norm_of_k"), norms, strict=False):
@@ -133,6 +135,8 @@ def _step(
         return otherwise(x, *args, **kwargs)
     states = cache.layers[layer.self_attn.layer_idx]
     cosines, sines = kwargs["position_embeddings"]
+    if cosines.shape[-1] != described.size:
+        return otherwise(x, *args, **kwargs)
     rows, capacity, filled = len(begins), states.keys.shape[2], states.get_seq_length()
     y = torch.empty_like(x)
     room = rooms.of(described, len(states.keys), capacity)

@@ -35,6 +35,11 @@ def attention_of_one_token(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def attends_by_kernel(model: Any) -> bool:
+    """Whether a model is in that context, and it allows it."""
+    return model.config.get_text_config()._attn_implementation == _NAME
+
+
 @contextmanager
 def seen_from(begins: Tensor) -> Iterator[None]:
     """A step in which each row sees its columns from `begins` `[rows]` on, and gets one new token."""

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fourscore.errors import FourscoreError
 from fourscore.models import kernels
 from fourscore.models.support import Support
 from fourscore.rollout.stopping import StopStrings
@@ -112,10 +113,15 @@ def draw(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
 
 def _drawn_by_kernel(scores: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocabulary = scores.shape
-    shares = torch.rand(rows, dtype=torch.double)
-    tokens, logprobs = torch.empty(rows, dtype=torch.long), scores.new_empty(rows)
+    shares = torch.rand(rows, dtype=torch.double, device="cpu")
+    tokens, logprobs = torch.empty(rows, dtype=torch.long, device="cpu"), scores.new_empty(rows)
     scratch = scores.new_empty(torch.get_num_threads() * vocabulary)
     kernels.call("draw", scores, shares, tokens, logprobs, scratch, rows, vocabulary)
+    if logprobs.isnan().any():
+        raise FourscoreError(
+            "the policy's logits are no numbers (NaN), so no token can be drawn: training may have diverged; resume "
+            "from an earlier checkpoint with a lower --learning_rate or --max_grad_norm."
+        )
     return tokens, logprobs
 
 
