@@ -1,11 +1,10 @@
 """What torch makes of many operations, and fourscore's kernels of one, on this CPU: `python benchmarks/fused.py`.
 
 In fp32, with all threads, on layers of a model's shape; the two in turns, but for steps of decoding, where one comes
-after the other; medians in milliseconds. First of a pass of
-so many tokens, forward and with gradients: what `src/fourscore/models/fused.py` is for. Then of logits: logprobs and
-their gradients (`chosen.py`), and a token drawn for each row (`src/fourscore/rollout/sampling.py`). Then a step of
-decoding, a layer: by the kernels of `few_rows.py`, `one_token.py` and `fused.py`, and by that of
-`layer_of_one_token.py`.
+after the other; medians in milliseconds. First of a pass of so many tokens, forward and with gradients: what
+`src/fourscore/models/fused.py` is for. Then of logits: logprobs and their gradients (`chosen.py`), and a token drawn
+for each row (`src/fourscore/rollout/sampling.py`). Then a step of decoding, a layer: by the kernels of `few_rows.py`,
+`one_token.py` and `fused.py`, and by that of `layer_of_one_token.py`.
 """
 
 import argparse

@@ -7,8 +7,7 @@ from what memory and processor can do where rows are few. The kernel takes weigh
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourscore.models import kernels
 
@@ -17,18 +16,14 @@ MOST_ROWS = 64
 
 
 def takes(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel can take a layer's weights: fp32 numbers on a CPU, one after the other.
-
-    Fake tensors, sharded and quantized ones have a type of their own.
-    """
+    """Whether the kernel can take a layer's weights: fp32 numbers on a CPU, one after the other."""
     tensors = [weight] if bias is None else [weight, bias]
-    in_memory = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    return in_memory and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return kernels.can_read(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` can multiply these, weights that it takes being given: few rows of as many numbers in fp32."""
-    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[-1] != weight.shape[1]:
+    if not kernels.can_read(x) or x.shape[-1] != weight.shape[1]:
         return False
     return 0 < x.numel() <= MOST_ROWS * weight.shape[1]
 

@@ -74,7 +74,7 @@ def _normed(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Te
     if not are_plain(x, module.weight):
         return otherwise(x)
     gemma = type(module).__name__.startswith("Gemma")  # whose weights are what is more than one
-    arguments = x, module.weight, module.eps if gemma else module.variance_epsilon, float(gemma)
+    arguments = x.contiguous(), module.weight, module.eps if gemma else module.variance_epsilon, float(gemma)
     return _Norm.apply(*arguments) if torch.is_grad_enabled() else _norm(*arguments)[0]
 
 
@@ -104,14 +104,12 @@ def _rotates(family: ModuleType) -> Iterator[None]:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether these are fp32 numbers on a CPU; a plan's have no data, but are counted."""
-    return all(
-        type(t) in (Tensor, nn.Parameter, FakeTensor) and t.dtype == torch.float32 and t.device.type == "cpu"
-        for t in tensors
-    )
+    fake = [t for t in tensors if type(t) is FakeTensor]
+    counted = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in fake)
+    return counted and kernels.can_read(*(t for t in tensors if type(t) is not FakeTensor))
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
     size = x.shape[-1]
     rows = x.numel() // size
     y, scales = torch.empty_like(x), x.new_empty(rows)
@@ -124,7 +122,6 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
-        x = x.contiguous()
         y, scales = _norm(x, weight, epsilon, offset)
         ctx.save_for_backward(x, weight, scales)
         ctx.offset = offset

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import record_function
 
@@ -47,6 +47,16 @@ logger = logging.getLogger(__name__)
 def are_there() -> bool:
     """Whether kernels can be called: on Linux, with AVX2 and no AVX-512, where they were measured, and a compiler."""
     return sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
+
+
+def can_read(*tensors: Tensor) -> bool:
+    """Whether these are fp32 numbers of this CPU.
+
+    Fake tensors, sharded and quantized ones have a type of their own.
+    """
+    return all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
+    )
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -1,7 +1,7 @@
-"""A whole decoder layer of one new token of each row, on a CPU: decoding is many small operations.
+"""A whole decoder layer of one new token of each row, on a CPU.
 
-Of 16 rows of SmolLM2-135M, Python and torch between the kernels took as long as memory needs for the weights. What it
-is worth: `benchmarks/rollout.py`.
+Decoding is many small operations, and what Python and torch take between them adds up. What it is worth:
+`benchmarks/fused.py`.
 """
 
 import ctypes

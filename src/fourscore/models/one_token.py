@@ -79,11 +79,15 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, begins: Tensor) -> bool:
     rows, heads, _, size = key.shape
     capacity = key.stride(1) // size
     lie = (heads * capacity * size, capacity * size, size, 1)
-    tensors = (query, key, value)
-    plain = all(type(t) is Tensor and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     of_rows = query.shape[::2] == (rows, 1) and query.shape[1] % heads == 0 and value.shape == key.shape
     seen = begins.dtype == torch.long and begins.shape == (rows,) and begins.is_contiguous()
-    return plain and of_rows and seen and size % kernels.STRIP == 0 and key.stride() == value.stride() == lie
+    return (
+        kernels.can_read(query, key, value)
+        and of_rows
+        and seen
+        and size % kernels.STRIP == 0
+        and key.stride() == value.stride() == lie
+    )
 
 
 AttentionInterface.register(_NAME, _attention)

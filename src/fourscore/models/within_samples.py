@@ -21,12 +21,10 @@ def is_plain(kwargs: dict[str, Any]) -> bool:
 
 def fits(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether `attend` gives what torch would, as transformers calls it: `[1, heads, T, size]` each, fp32 on a CPU."""
-    tensors = (query, key, value)
-    in_memory = all(type(t) is Tensor and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     alike = key.shape == value.shape and key.shape[2:] == query.shape[2:] and query.shape[1] % key.shape[1] == 0
     given = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if given is None else given
-    return in_memory and alike and causal and is_plain(kwargs) and openblas.is_there()
+    return kernels.can_read(query, key, value) and alike and causal and is_plain(kwargs) and openblas.is_there()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scaling: float | None) -> Tensor:

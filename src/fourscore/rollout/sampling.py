@@ -104,7 +104,7 @@ def draw(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """
     if sampling.temperature == 0:
         return scores.argmax(1), None
-    if type(scores) is Tensor and (scores.device.type, scores.dtype) == ("cpu", torch.float32) and kernels.are_there():
+    if kernels.can_read(scores) and kernels.are_there():
         return _drawn_by_kernel(scores.contiguous())
     probabilities = scores.softmax(1)
     tokens = _drawn(probabilities)
