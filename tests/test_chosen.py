@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from fourscore.models.chosen import fits, logprobs_of
 from fourscore.models.forward import completion_logprobs, rectangle
+from fourscore.models.support import Support
 
 pytestmark = pytest.mark.usefixtures("kernels_are_there")
 
@@ -26,7 +27,7 @@ def test_exact(vocabulary: int, temperature: float, threads: int, monkeypatch: p
     (slopes,) = torch.autograd.grad(wanted, exact, given.double())
     before = logits.clone()
     for with_slopes in (False, True):
-        found = logprobs_of(logits, chosen, temperature, given if with_slopes else None)
+        found = logprobs_of(logits, chosen, temperature, None, given if with_slopes else None)
         assert_close(found[0], wanted.float(), rtol=1e-6, atol=3e-6)
         assert_close(found[1], -(logp.exp() * logp).sum(1).float(), rtol=1e-5, atol=1e-5)
         if with_slopes:
@@ -35,9 +36,11 @@ def test_exact(vocabulary: int, temperature: float, threads: int, monkeypatch: p
     assert torch.equal(logits, before)
 
 
-def test_tokens_that_cannot_be_are_left_out() -> None:
-    logits = torch.tensor([[0.0, -torch.inf, 3.0, -1e9]])
-    logprobs, entropies, slopes = logprobs_of(logits, torch.tensor([2]), 1.0, torch.ones(1))
+@pytest.mark.parametrize("barred", [-torch.inf, 5.0])
+def test_tokens_that_cannot_be_are_left_out(barred: float) -> None:
+    logits = torch.tensor([[0.0, barred, 3.0, -1e9]])
+    support = Support.of(torch.tensor([[True, False, True, True]])) if barred > 0 else None
+    logprobs, entropies, slopes = logprobs_of(logits, torch.tensor([2]), 1.0, support, torch.ones(1))
     p = torch.tensor([0.0, 3.0]).softmax(0)
     assert_close(logprobs, p[1:].log())
     assert_close(entropies, -(p * p.log()).sum()[None])
@@ -59,5 +62,5 @@ def test_passes_have_it_with_and_without_gradients(called: list[str]) -> None:  
 
 
 def test_other_numbers_are_torchs() -> None:
-    assert not fits(torch.zeros(1, 2, dtype=torch.double), None)
-    assert not fits(torch.zeros(1, 2, device="meta"), None)
+    assert not fits(torch.zeros(1, 2, dtype=torch.double))
+    assert not fits(torch.zeros(1, 2, device="meta"))

@@ -11,13 +11,13 @@ from fourscore.models.fused import are_plain
 from fourscore.models.support import Support
 
 
-def fits(logits: Tensor, support: Support | None) -> bool:
-    """Whether the kernel can take these: fp32 on a CPU, and all of the vocabulary."""
-    return support is None and are_plain(logits) and kernels.are_there()
+def fits(logits: Tensor) -> bool:
+    """Whether the kernel can take these: fp32 on a CPU."""
+    return are_plain(logits) and kernels.are_there()
 
 
 def logprobs_of(
-    logits: Tensor, chosen: Tensor, temperature: float, given: Tensor | None
+    logits: Tensor, chosen: Tensor, temperature: float, support: Support | None, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logprobs `[c]` in nats, entropies `[c]`, and the gradients of the logprobs with respect to the logits `[c, V]`.
 
@@ -25,10 +25,11 @@ def logprobs_of(
         logits: `[c, V]`; they must fit.
         chosen: `[c]` tokens.
         temperature: logits are divided by it.
+        support: the ids that each token was drawn from; None: all of them.
         given: `[c]`, what the gradients are multiplied with; None: there are none.
     """
-    logits = logits.contiguous()
     rows, vocabulary = logits.shape
+    logits = logits.contiguous() if support is None else logits.masked_fill(support.barred(vocabulary), -torch.inf)
     logprobs, entropies = logits.new_empty(rows), logits.new_empty(rows)
     slopes = scratch = None
     if given is None:

@@ -324,9 +324,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logits = logits_of(some)
             # The edge leads back through the head without keeping the logits themselves.
             edge, dtype = get_gradient_edge(logits) if at_once else None, logits.dtype
-            if kernel.fits(logits, within):
+            if kernel.fits(logits):
                 given = some.new_ones(len(some)) if at_once else None
-                logprob, entropy, slope = kernel.logprobs_of(logits.detach()[0], chosen, temperature, given)
+                logprob, entropy, slope = kernel.logprobs_of(logits.detach()[0], chosen, temperature, within, given)
                 logprobs.append(logprob)
                 entropies.append(entropy)
                 if edge is not None and slope is not None:
@@ -366,8 +366,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             some = some.detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast(), head_gradient_in_place(ctx.head):
                 logits = ctx.logits_of(some)
-            if entropy_grads is None and kernel.fits(logits, within):
-                *_, by_kernel = kernel.logprobs_of(logits.detach()[0], chosen, ctx.temperature, grads)
+            if entropy_grads is None and kernel.fits(logits):
+                *_, by_kernel = kernel.logprobs_of(logits.detach()[0], chosen, ctx.temperature, within, grads)
                 assert by_kernel is not None
                 logits.backward(by_kernel[None])
                 pieces.append(some.grad)
