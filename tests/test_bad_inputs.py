@@ -187,6 +187,18 @@ def weights_only_run() -> None:
     Path("runs/a/config.yaml").write_text("")
 
 
+def run_of_other_models() -> None:
+    weights_only_run()
+    Path("runs/a/config.yaml").write_text("sft_model_path: ./before\nreward_model_path: reward\n")
+    for name in ("trainer_state.json", "optimizers.pt", "rng.pt"):
+        Path("runs/a/checkpoint-3", name).touch()
+
+
+def run_just_begun() -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("")
+
+
 SERVERS: list[vllm_server.Server] = []
 VLLM_PORT = 8000
 """In the rows; the server of a test listens where there is room."""
@@ -228,8 +240,28 @@ ROWS = {
             "there is no flag --max_step: did you mean --max_steps?",
             "there is no flag --learningrate: did you mean --learning_rate?",
         ),
+        row(
+            "flags of other trainers",
+            "--torch_dtype bfloat16 --use_vllm --max_new_tokens 8",
+            "there is no flag --torch_dtype: here that is --dtype",
+            "there is no flag --use_vllm: here that is --rollout_engine vllm",
+            "there is no flag --max_new_tokens: here that is --response_length",
+        ),
         row("a word without a flag", "prompts.jsonl", "'prompts.jsonl' belongs to no flag; see fourscore ppo --help"),
         row("text for a number", "--response_length long", "--response_length: invalid int value: 'long'"),
+        row(
+            "something of everything",
+            "--response_length long --top_k --kl_coeff 1 --gamma 2",
+            "--response_length: invalid int value: 'long'",
+            "--top_k: expected one argument",
+            "there is no flag --kl_coeff: did you mean --kl_coef?",
+            "--gamma 2.0: must be from 0 to 1",
+        ),
+        row(
+            "completions of no length",
+            "--response_length -1",
+            "--response_length -1: must be at least 1",
+        ),
         row(
             "completions that cannot be",
             ["--top_k", "1", "--top_p", "0", "--stop_strings", "Human:", "", "--min_response_length", "99"],
@@ -321,6 +353,14 @@ ROWS = {
             "--config run.yaml",
             "--config run.yaml: there is no flag kl_coeff: did you mean kl_coef?",
             prepare=write("run.yaml", "kl_coeff: 0.1"),
+        ),
+        row(
+            "more than one thing wrong in it",
+            "--config run.yaml",
+            "--config run.yaml: there is no flag max_new_tokens: here that is --response_length",
+            "--config run.yaml: gamma: 'high' is not a number",
+            "--config run.yaml: use_peft: 'maybe' is not true or false",
+            prepare=write("run.yaml", "gamma: high\nuse_peft: maybe\nmax_new_tokens: 9"),
         ),
         row(
             "an SFT model alone",
@@ -835,6 +875,19 @@ ROWS = {
             prepare=prompts({"prompt": "a film"}, {"prompt": ""}),
         ),
         row(
+            "a row that holds all prompts",
+            "--dataset_name all.json",
+            "--dataset_name all.json: the prompt dataset has no column 'prompt'; its columns are data: it is one row "
+            "that holds a list: write its items a row each",
+            prepare=write("all.json", '{"data": [{"prompt": "a film"}, {"prompt": "a play"}]}'),
+        ),
+        row(
+            "a row of several prompts",
+            "--dataset_name all.json",
+            "--dataset_name all.json: prompt 0 (column 'prompt') is a list of 2 texts: write each as a row",
+            prepare=write("all.json", '{"prompt": ["a film", "a play"]}'),
+        ),
+        row(
             "conversations without a chat template",
             "",
             "--dataset_name prompts.jsonl: prompt 0 (column 'prompt') is a conversation, and the tokenizer has no chat "
@@ -844,7 +897,8 @@ ROWS = {
         row(
             "no split to evaluate on",
             "--eval_strategy steps",
-            "--dataset_test_split test: no such split; the dataset has train",
+            "--dataset_name prompts.jsonl: has no split test of prompts that were not trained on, only train; name "
+            "some with --eval_dataset_name, or --eval_strategy no",
         ),
         row(
             "prompts that are all too long",
@@ -887,6 +941,13 @@ ROWS = {
             "tokenizer_config.json): pass --resume_from_checkpoint true to go on with the run in it, or another "
             "--output_dir",
         ),
+        row(
+            "a run that was stopped before it had done anything",
+            "",
+            "--output_dir run holds a run that has not finished an update yet (config.yaml is all there is): pass "
+            "--resume_from_checkpoint true to start it over, or another --output_dir",
+            prepare=run_just_begun,
+        ),
         row("a file", "--output_dir prompts.jsonl", "--output_dir prompts.jsonl is a file: give another --output_dir"),
         row(
             "a directory below a file",
@@ -904,6 +965,20 @@ ROWS = {
             "--resume_from_checkpoint runs/a/checkpoint-3: trainer_state.json is missing, so it cannot be resumed (a "
             "run with --save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path).",
             prepare=weights_only_run,
+        ),
+        row(
+            "a run in place of a checkpoint",
+            "--output_dir runs/a --resume_from_checkpoint runs/a",
+            "--resume_from_checkpoint runs/a: is a run; name a checkpoint in it, such as runs/a/checkpoint-3, or true "
+            "for the last of --output_dir",
+            prepare=weights_only_run,
+        ),
+        row(
+            "a run to go on with other models",
+            "--output_dir runs/a --resume_from_checkpoint",
+            "--sft_model_path ./sft: the run in runs/a began with ./before, and would go on with another reference or "
+            "other rewards; name that one, or write where it is now into runs/a/config.yaml",
+            prepare=run_of_other_models,
         ),
         row(
             "a disk that is too small",
@@ -1251,10 +1326,11 @@ def render() -> str:
         "Written by `python tests/test_bad_inputs.py`; edit the table there, not this page.",
         "",
         "`fourscore ppo` checks everything that can be known without weights before it reads any: files and headers,",
-        "configs, tokenizers, prompts, lengths, batches, adapters, attention, dtype, disk, output directory. All that",
-        "is wrong is printed at once, a line of `error:` for each thing with the flag, its value and the way out; the",
-        "exit status is 2. A line of `warning:` says what costs time or quality, and stops nothing. In Python,",
-        "`load_models` checks its models in the same way and raises one `FourscoreError` with these lines.",
+        "configs, tokenizers, prompts, lengths, batches, adapters, attention, dtype, disk, output directory. It looks",
+        "at the flags and, if they are sound, at what they name; all that is wrong with either is printed at once, a",
+        "line of `error:` for each thing with the flag, its value and the way out; the exit status is 2. A line of",
+        "`warning:` says what costs time or quality, and stops nothing. In Python, `load_models` checks its models in",
+        "the same way and raises one `FourscoreError` with these lines.",
         "",
         f"These {count} inputs are a test: each prints just these lines, none reads weights, none leaves a traceback.",
         "The run is sound but for what the first column says; `...` stands for what differs from machine to machine.",

@@ -99,6 +99,8 @@ def test_top_level(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fourscore {__version__}\n"
     assert "'pop': did you mean ppo?" in failure(["pop"], capsys)
+    assert "'train': there are ppo, plan, eval, demo; see fourscore --help" in failure(["train"], capsys)
+    assert "the command comes first, as in fourscore ppo --use_peft" in failure(["--use_peft"], capsys)
 
 
 # ------------------------------------------------------------------------------------------------ flags and files
@@ -111,6 +113,8 @@ def test_top_level(capsys):
         (["--learning-rat=1e-5"], "there is no flag --learning-rat: did you mean --learning-rate?"),
         (["--warmup_ratio", "0.1"], "there is no flag --warmup_ratio: did you mean --warmup_steps?"),
         (["--zzzzzzzz", "3"], "there is no flag --zzzzzzzz"),
+        (["--torch-dtype=bfloat16"], "there is no flag --torch-dtype: here that is --dtype"),
+        (["--fp61"], "there is no flag --fp61"),
         (["prompts.jsonl"], "'prompts.jsonl' belongs to no flag"),
         (["--response_length", "long"], "error: --response_length: invalid int value: 'long'"),
         (["--kl_estimator", "k2"], "error: --kl_estimator: invalid choice: 'k2'"),

@@ -454,6 +454,15 @@ def test_prompts_that_were_trained_on_are_not_held_out(sft, llama_reward, prompt
     ]
 
 
+def test_prompts_that_were_trained_on_are_said_to_be(prompts, tmp_path: Path, caplog) -> None:
+    tokenizer, args = make_tokenizer(), PPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+    for dataset, said in ((prompts, True), (tmp_path / "other.jsonl", False), (None, False)):
+        caplog.clear()
+        script = ScriptArguments(dataset_name=dataset and str(dataset), eval_dataset_name=str(prompts))
+        assert len(load_held_out(script, args, tokenizer)) == len(PROMPTS)
+        assert (f"--eval_dataset_name {prompts}: the policy trains on these" in caplog.text) == said
+
+
 def test_a_policy_of_another_vocabulary(llama_policy, llama_reward, prompts, tmp_path: Path, failure) -> None:
     other = make_checkpoint("llama", tmp_path / "other", vocab_size=320)
     models = ["--policy_path", other, "--sft_model_path", llama_policy, "--reward_model_path", llama_reward]

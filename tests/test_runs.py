@@ -124,6 +124,8 @@ def test_a_new_run_refuses_a_directory_in_use(tmp_path: Path) -> None:
     with pytest.raises(FourscoreError, match=r"run is not empty \(checkpoint-1, config\.yaml\): .* true .* another"):
         directory.check(run, None)
     assert sorted(entry.name for entry in run.iterdir()) == ["checkpoint-1", "config.yaml"]
+    with pytest.raises(FourscoreError, match=r"has not finished an update yet .* to start it over, or another"):
+        directory.check(make_run(tmp_path / "begun"), None)
 
 
 def test_resuming_takes_a_run(tmp_path: Path) -> None:
@@ -139,6 +141,8 @@ def test_resuming_refuses_what_is_no_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 3, 12)
     with pytest.raises(FourscoreError, match=r"no such checkpoint; .*checkpoint-3, .*checkpoint-12"):
         directory.check(run, str(run / "checkpoint-4"))
+    with pytest.raises(FourscoreError, match=r"is a run; name a checkpoint in it, such as .*checkpoint-12, or true"):
+        directory.check(run, str(run))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").touch()
     for resume in (True, str(run / "checkpoint-3")):
@@ -207,6 +211,39 @@ def test_the_default_config_reads_back_equal(tmp_path: Path) -> None:
     directory.write_config(tmp_path / "config.yaml", args)
     again = PPOConfig(**yaml.safe_load((tmp_path / "config.yaml").read_text()))
     assert settings_of(again) == settings_of(args)
+
+
+def test_settings_that_a_run_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "link").symlink_to("sft")
+    at = make_run(tmp_path / "run", 4) / "checkpoint-4"
+
+    def settings(dataset: str = "a.jsonl", r: int = 16, **changes: Any) -> tuple[Any, ...]:
+        options = {"sft_model_path": "sft", "reward_model_path": "a/b", "max_steps": 4, "use_cpu": True} | changes
+        lora = ModelConfig(use_peft=True, lora_r=r)
+        return ScriptArguments(dataset_name=dataset), PPOConfig(output_dir="run", **options), lora
+
+    directory.write_config(at.parent / "config.yaml", *settings())
+    assert directory.check_settings(at, *settings()) is None
+    # Longer, saved more often, by another process, the same files by another name.
+    assert directory.check_settings(at, *settings(max_steps=8, save_steps=2, reward_timeout=5.0)) is None
+    for same in ("link", str(tmp_path / "sft"), "./sft/"):
+        assert directory.check_settings(at, *settings(sft_model_path=same)) is None
+
+    changed = directory.check_settings(at, *settings("b.jsonl", r=8, kl_coef=0.2, seed=1, missing_eos_penalty=1.0))
+    assert changed == (
+        f"the run in {at.parent} goes on with other settings than it began with: --dataset_name b.jsonl (was a.jsonl), "
+        "--seed 1 (was 42), --missing_eos_penalty 1.0 (was None), --kl_coef 0.2 (was 0.05), --lora_r 8 (was 16)"
+    )
+    with pytest.raises(FourscoreError) as error:
+        directory.check_settings(at, *settings(sft_model_path="other", reward_model_path="a/c"))
+    first, second = error.value.lines
+    assert first.startswith(f"--sft_model_path other: the run in {at.parent} began with sft, and would go on with")
+    assert second.startswith("--reward_model_path a/c: ") and second.endswith(f"into {at.parent / 'config.yaml'}")
+
+    (at.parent / "config.yaml").unlink()
+    assert directory.check_settings(at, *settings(sft_model_path="other")) is None
 
 
 # --- progress

@@ -11,9 +11,15 @@ import torch
 import yaml
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainerCallback,
+)
 
-from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, get_peft_config, load_models
+from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, demo, get_peft_config, load_models
 from fourscore.parallel import Parallel
 from fourscore.ppo.scoring import logprobs_of
 
@@ -102,6 +108,36 @@ def test_a_run_directory(tmp_path: Path) -> None:
 
     with pytest.raises(FourscoreError, match=r"not empty.*--resume_from_checkpoint"):
         trainer_on(config(out)).train()
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for steps in (1, 2):
+        args = config(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        trainer_on(args).train(resume_from_checkpoint=steps > 1)
+    assert "goes on with other settings" not in caplog.text
+    trainer_on(replace(args, max_steps=3, num_total_batches=None, gamma=0.5)).train(resume_from_checkpoint=True)
+    assert "goes on with other settings than it began with: --gamma 0.5 (was 1.0)" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["model", "ref_model", "reward_model", "value_model"])
+def test_models_are_given_loaded(role: str, tmp_path: Path) -> None:
+    with pytest.raises(FourscoreError, match=rf"^{role} './sft': must be a loaded model"):
+        trainer_on(config(tmp_path), **{role: "./sft"})
+
+
+def test_the_shipped_policy_with_another_tokenizer(tmp_path: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(demo.POLICY)
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(FourscoreError, match=rf"--sft_model_path was not given.*{tmp_path}: name your SFT"):
+        trainer_on(config(tmp_path / "run"), model=policy, processing_class=tokenizer)
+    with pytest.raises(FourscoreError, match=rf"--sft_model_path was not given.*{tmp_path}: name your SFT"):
+        load_models(ModelConfig(model_name_or_path=str(tmp_path)), config(tmp_path / "run"))
+
+
+def test_completions_of_no_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert trainer_on(config(tmp_path)).generate_completions() == []
+    assert "nothing to complete without an eval_dataset" in caplog.text
 
 
 def test_the_reference_stays_and_the_others_move(tmp_path: Path) -> None:

@@ -99,8 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {"ppo": _ppo, "plan": _plan, "eval": _eval, "demo": _demo}
     try:
+        if command.startswith("-"):
+            raise FourscoreError(f"{command}: the command comes first, as in fourscore ppo {command}")
         if command not in commands:
-            raise FourscoreError(f"there is no command {command!r}{closest(command, commands)}; see fourscore --help")
+            near = closest(command, commands) or f": there are {', '.join(commands)}"
+            raise FourscoreError(f"there is no command {command!r}{near}; see fourscore --help")
         return commands[command](rest)
     except FourscoreError as error:
         _print_lines("error:", error.lines)
@@ -155,7 +158,7 @@ def _plan(argv: list[str]) -> int:
         raise FourscoreError(f"--world_size {options.world_size}: must be at least 1")
     # Standard output is for the plan alone.
     with redirect_stdout(sys.stderr):
-        script_args, training_args, model_args = parse_ppo(rest)
+        script_args, training_args, model_args = parse_ppo(rest, own=vars(options))
         from rich.console import Console
 
         from fourscore.plan.advice import advise
@@ -216,7 +219,7 @@ def _train(script_args: "ScriptArguments", training_args: "PPOConfig", model_arg
         train_dataset=checked.train_dataset,
         eval_dataset=checked.eval_dataset,
         reward_processing_class=models.reward_tokenizer,
-        check_lengths=False,
+        checked=True,
     )
     trainer.run_config = [script_args, training_args, model_args]
     trainer.train(resume_from_checkpoint=resume)

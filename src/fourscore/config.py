@@ -596,7 +596,7 @@ class PPOConfig(TrainingArguments):
         for index in self.stop_token_id or ():
             with findings.collect():
                 _require(index >= 0, "stop_token_id", index, "must not be negative")
-        if self.overlong_buffer > self.response_length:
+        if self.overlong_buffer > max(self.response_length, 0):
             findings.error(
                 f"--overlong_buffer {self.overlong_buffer}: is above --response_length {self.response_length}; lower it"
             )
@@ -615,7 +615,7 @@ class PPOConfig(TrainingArguments):
             findings.error("--top_k 1: leaves one token to draw, of which nothing is learned; give more, or 0 for all")
         if not all(self.stop_strings or ()):
             findings.error("--stop_strings: one of the texts is empty; leave it out")
-        if self.min_response_length > self.response_length:
+        if self.min_response_length > max(self.response_length, 0):
             findings.error(
                 f"--min_response_length {self.min_response_length}: is above --response_length "
                 f"{self.response_length}; lower it"

@@ -361,7 +361,7 @@ GROUPS: dict[str, dict[str, FieldNote]] = {
     "Logging, evaluation and saving": {
         "output_dir": _changed("Directory of the run.", "Default: runs/ppo (TRL: trainer_output)."),
         "resume_from_checkpoint": _changed(
-            "Continue from a checkpoint folder, or true for the last one.",
+            "Continue from a checkpoint folder, or, without one, from the run's last.",
             "fourscore ppo hands it to train(); TRL's PPO cannot resume.",
         ),
         "seed": _honoured("Seed of all randomness."),

@@ -92,7 +92,7 @@ def read_prompts(
             splits = _read(script_args.dataset_name, script_args.dataset_config, "--dataset_name")
             if evaluates and script_args.eval_dataset_name is None:
                 with findings.collect():
-                    held_out = _take_split(splits, script_args.dataset_test_split, "--dataset_test_split")
+                    held_out = _test_split(splits, script_args, "or --eval_strategy no")
             train = _take_split(splits, script_args.dataset_train_split, "--dataset_train_split")
     with findings.collect(f"--eval_dataset_name {script_args.eval_dataset_name}"):
         if script_args.eval_dataset_name is not None:
@@ -133,12 +133,19 @@ def _read_held_out(script_args: "ScriptArguments") -> datasets.Dataset:
         return _eval_split(script_args)
     if script_args.dataset_name is None:
         return _read_files([demo.PROMPTS_HELDOUT])["train"]
-    splits = _read(script_args.dataset_name, script_args.dataset_config, "--dataset_name")
+    return _test_split(_read(script_args.dataset_name, script_args.dataset_config, "--dataset_name"), script_args)
+
+
+def _test_split(
+    splits: Mapping[str, datasets.Dataset], script_args: "ScriptArguments", otherwise: str = ""
+) -> datasets.Dataset:
+    """The test split of `dataset_name`; the error names what else there is to do, and `otherwise`."""
     wanted = script_args.dataset_test_split
     if wanted not in splits and wanted.partition("[")[0] not in splits:
+        ways_out = ", ".join(filter(None, ("name some with --eval_dataset_name", otherwise)))
         raise FourscoreError(
             f"--dataset_name {script_args.dataset_name}: has no split {wanted} of prompts that were not trained on, "
-            f"only {', '.join(splits)}; name some with --eval_dataset_name"
+            f"only {', '.join(splits)}; {ways_out}"
         )
     return _take_split(splits, wanted, "--dataset_test_split")
 
@@ -216,10 +223,7 @@ def tokenize_prompts(
             desc="Tokenizing prompts",
         )
     else:
-        raise FourscoreError(
-            f"the prompt dataset has no column {prompt_column!r}; its columns are {', '.join(columns)}: "
-            "name the one with the prompts with --prompt_column"
-        )
+        raise FourscoreError(_no_column(dataset, prompt_column))
 
     lengths = _check_ids(tokenized, len(tokenizer))
     if max_prompt_length is None or (lengths <= max_prompt_length).all():
@@ -242,6 +246,14 @@ def tokenize_prompts(
 
 
 _TOKENS = ("input_ids", "attention_mask")
+
+
+def _no_column(dataset: datasets.Dataset, wanted: str) -> str:
+    columns = dataset.column_names
+    said = f"the prompt dataset has no column {wanted!r}; its columns are {', '.join(columns)}: "
+    if len(dataset) == 1 and len(columns) == 1 and isinstance(dataset[0][columns[0]], list):
+        return f"{said}it is one row that holds a list: write its items a row each"
+    return f"{said}name the one with the prompts with --prompt_column"
 
 
 def _beside(tokenized: datasets.Dataset, dataset: datasets.Dataset, prompt_column: str) -> datasets.Dataset:
@@ -351,9 +363,19 @@ def _read_files(paths: list[Path]) -> Mapping[str, datasets.Dataset]:
     if path.stat().st_size == 0:
         raise FourscoreError(f"{path} is empty")
     try:
-        return datasets.load_dataset(reader, data_files=[str(p) for p in paths])
+        return _load(reader, data_files=[str(p) for p in paths])
     except Exception as error:
         raise FourscoreError(f"{path} cannot be read as {path.suffix}: {_cause(error)}") from error
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    """`datasets.load_dataset`, which logs errors that it then raises."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _read_folder(path: Path, config: str | None) -> Mapping[str, datasets.Dataset]:
@@ -363,7 +385,7 @@ def _read_folder(path: Path, config: str | None) -> Mapping[str, datasets.Datase
     if not any(file.suffix in _READERS for file in path.rglob("*")):
         raise FourscoreError(f"{path} holds no {', '.join(_READERS)} file{_contents(path)}")
     try:
-        return datasets.load_dataset(str(path), name=config)
+        return _load(str(path), name=config)
     except Exception as error:
         raise FourscoreError(f"{path} cannot be read as a dataset: {_cause(error)}") from error
 
@@ -389,7 +411,7 @@ def _read_hub(name: str, config: str | None, flag: str) -> Mapping[str, datasets
                 "a local path, or set HF_HUB_OFFLINE=1 if the dataset is in the local cache"
             ) from error
     try:
-        return datasets.load_dataset(name, name=config)
+        return _load(name, name=config)
     except Exception as error:
         raise FourscoreError(f"{flag} {name}: {_cause(error)}") from error
 
@@ -413,9 +435,13 @@ def _eval_split(script_args: "ScriptArguments") -> datasets.Dataset:
     """The only split of `eval_dataset_name`, or else its test split."""
     assert script_args.eval_dataset_name is not None
     splits = _read(script_args.eval_dataset_name, None, "--eval_dataset_name")
-    if len(splits) == 1:
-        return next(iter(splits.values()))
-    return _take_split(splits, script_args.dataset_test_split, "--dataset_test_split")
+    if len(splits) > 1:
+        return _take_split(splits, script_args.dataset_test_split, "--dataset_test_split")
+    [(name, only)] = splits.items()
+    places = {os.path.realpath(str(place)) for place in (script_args.eval_dataset_name, script_args.dataset_name)}
+    if name == script_args.dataset_train_split.partition("[")[0] and len(places) == 1:
+        _log_once(f"--eval_dataset_name {script_args.eval_dataset_name}: the policy trains on these; hold some out")
+    return only
 
 
 def _tokenize_row(
@@ -427,6 +453,8 @@ def _tokenize_row(
         raise FourscoreError(f"{where} is empty")
     if isinstance(prompt, str):
         return {"input_ids": tokenizer(prompt)["input_ids"]}
+    if isinstance(prompt, list) and all(isinstance(part, str) for part in prompt):
+        raise FourscoreError(f"{where} is a list of {len(prompt)} texts: write each as a row")
     if not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in prompt):
         raise FourscoreError(
             f"{where} is neither a text nor a list of messages with 'role' and 'content': {str(prompt)[:80]}"

@@ -25,7 +25,7 @@ HELP_FILE = Path(__file__).with_name("help.txt")
 """What `fourscore ppo --help` prints; written by `python -m fourscore.flag_docs`, checked by a test."""
 
 _EXAMPLES = """\
---help-all lists the flags inherited from transformers.TrainingArguments, too.
+--help-all lists all flags, those inherited from transformers.TrainingArguments among them.
 
 examples:
   fourscore ppo
@@ -38,6 +38,8 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "sft_model_path",
         "reward_model_path",
         "value_model_path",
+        "freeze_layers",
+        "share_value_backbone",
         "model_name_or_path",
         "model_revision",
         "dtype",
@@ -68,6 +70,14 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "max_prompt_length",
         "max_prompt_length_action",
         "local_rollout_forward_batch_size",
+        "rollout_engine",
+        "vllm_server_url",
+        "vllm_python",
+        "vllm_gpu_memory_utilization",
+        "vllm_timeout",
+        "vllm_retries",
+        "pack_rollout_weights",
+        "cuda_graphs",
     ),
     "Rewards": tuple(GROUPS["Rewards"]),
     "PPO": tuple(GROUPS["PPO"]),
@@ -89,6 +99,8 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
         "value_max_grad_norm",
         "bf16",
         "gradient_checkpointing",
+        "tokens_per_microbatch",
+        "keep_freed_memory",
     ),
     "Run": (
         "output_dir",
@@ -131,6 +143,46 @@ _HELP_GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+ELSEWHERE = {
+    # transformers, TRL's other trainers and its older PPO
+    "torch_dtype": "--dtype",
+    "use_vllm": "--rollout_engine vllm",
+    "resume": "--resume_from_checkpoint",
+    "no_cuda": "--use_cpu",
+    "overwrite_output_dir": "left to you: remove the folder, or give another --output_dir",
+    "max_new_tokens": "--response_length",
+    "max_completion_length": "--response_length",
+    "base_model": "--sft_model_path",
+    "truncate_token": "--stop_token",
+    "truncate_token_id": "--stop_token_id",
+    "non_eos_penalty": "--missing_eos_penalty",
+    "penalty_reward_value": "--missing_eos_penalty, which is above 0 and taken off",
+    "init_kl_coef": "--kl_coef",
+    "adap_kl_ctrl": "--kl_target",
+    "target": "--kl_target",
+    "horizon": "--kl_horizon",
+    "ppo_epochs": "--num_ppo_epochs",
+    # OpenRLHF
+    "pretrain": "--sft_model_path",
+    "reward_pretrain": "--reward_model_path",
+    "critic_pretrain": "--value_model_path",
+    "remote_rm_url": "--reward_url",
+    "prompt_data": "--dataset_name",
+    "input_key": "--prompt_column",
+    "prompt_max_len": "--max_prompt_length",
+    "generate_max_len": "--response_length",
+    "n_samples_per_prompt": "--num_generations",
+    "actor_learning_rate": "--learning_rate",
+    "critic_learning_rate": "--value_learning_rate",
+    "eps_clip": "--cliprange",
+    "value_clip": "--cliprange_value",
+    "lambd": "--lam",
+    "lora_rank": "--lora_r",
+    "save_path": "--output_dir",
+    "normalize_reward": "--normalize_scores",
+}
+"""Flags of other trainers, and what does here what they do there."""
+
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
@@ -143,10 +195,12 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises a `FourscoreError` of the message."""
-        raise FourscoreError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
+        raise FourscoreError(_without_spellings(message))
 
 
-def parse_ppo(argv: list[str], *, trains: bool = True) -> "tuple[ScriptArguments, PPOConfig, ModelConfig]":
+def parse_ppo(
+    argv: list[str], *, trains: bool = True, own: Iterable[str] = ()
+) -> "tuple[ScriptArguments, PPOConfig, ModelConfig]":
     """Parse the flags of `fourscore ppo`, those of a `--config` file included; flags win over the file.
 
     Without a file, a model or a dataset, the recipe that ships with fourscore is the file.
@@ -154,33 +208,30 @@ def parse_ppo(argv: list[str], *, trains: bool = True) -> "tuple[ScriptArguments
     Args:
         argv: the flags.
         trains: False for a command that only computes: prompts may then be those to evaluate on alone.
+        own: flags that the command has beside these, which a mistyped one may have been.
 
     Raises:
         FourscoreError: unknown flags or keys, values that do not fit, or flags that do not fit together; a line each.
     """
     parser = _build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0]
-        if not word.startswith("-"):
-            raise FourscoreError(f"{word!r} belongs to no flag; see fourscore ppo --help")
-        flags = {flag for action in parser._actions for flag in action.option_strings}
-        words = [word.split("=")[0] for word in unknown if word.startswith("--")] or [word]
-        raise FourscoreError(*(f"there is no flag {word}{closest(word, flags)}" for word in words))
+    findings = Findings()
+    given, unknown = _parsed(parser, argv, findings)
+    _note_unknown(unknown, parser, own, findings)
 
     starting_points = ["model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name"]
     if not trains:
         starting_points.append("eval_dataset_name")
-    if given.config is None and all(getattr(given, name) is None for name in starting_points):
+    if given.config is None and not findings.errors and all(getattr(given, name) is None for name in starting_points):
         given.config = str(demo.RECIPE)
         if os.environ.get("RANK", "0") == "0":
             print(f"No models and no prompts named: using those that ship with fourscore ({demo.RECIPE.name}).")
     if given.config is not None:
-        parser.set_defaults(**_read_config(Path(given.config), parser))
-        given = parser.parse_args(argv)
-    findings = Findings()
-    with findings.collect():
-        _check_together(given, trains)
+        with findings.collect():
+            parser.set_defaults(**_read_config(Path(given.config), parser, findings))
+            given, _ = _parsed(parser, argv, findings)
+    if not findings.errors:  # what is missing may be what was mistyped
+        with findings.collect():
+            _check_together(given, trains)
     configs: list[Any] = []
     for dataclass_type in parser.dataclass_types:
         values = {field.name: getattr(given, field.name) for field in fields(dataclass_type) if field.init}
@@ -194,6 +245,49 @@ def parse_ppo(argv: list[str], *, trains: bool = True) -> "tuple[ScriptArguments
     findings.raise_errors()
     script_args, training_args, model_args = configs
     return script_args, training_args, model_args
+
+
+def _parsed(parser: Any, argv: list[str], findings: Findings) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that there are, and words that are none; those whose values do not fit keep their defaults."""
+    wrong: dict[argparse.Action, tuple[Any, Any, Any]] = {}
+    while True:
+        try:
+            given, unknown = parser.parse_known_args(argv)
+            break
+        except argparse.ArgumentError as error:
+            findings.error(_without_spellings(str(error)))
+            action = next((a for a in parser._actions if error.argument_name == "/".join(a.option_strings)), None)
+            if action is None or action in wrong:
+                findings.raise_errors()
+                raise
+            wrong[action] = action.type, action.choices, action.nargs
+            action.type, action.choices, action.nargs = None, None, "*"  # on to what is wrong with others
+    for action, (kind, choices, count) in wrong.items():
+        action.type, action.choices, action.nargs = kind, choices, count
+        setattr(given, action.dest, action.default)
+    return given, unknown
+
+
+def _without_spellings(message: str) -> str:
+    return re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message)
+
+
+def _note_unknown(unknown: list[str], parser: Any, own: Iterable[str], findings: Findings) -> None:
+    if not unknown:
+        return
+    if not unknown[0].startswith("-"):
+        findings.error(f"{unknown[0]!r} belongs to no flag; see fourscore ppo --help")
+        return
+    refused = {name for name, note in FIELDS.items() if note.status == "refused"}
+    flags = [flag for action in parser._actions if action.dest not in refused for flag in action.option_strings]
+    flags += [f"--{name}" for name in own]
+    for word in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
+        findings.error(f"there is no flag {word}{_meant(word, flags)}")
+
+
+def _meant(word: str, flags: Iterable[str]) -> str:
+    here = ELSEWHERE.get(word.lstrip("-").replace("-", "_"))
+    return closest(word, flags) if here is None else f": here that is {here}"
 
 
 def render_help(all_flags: bool = False) -> str:
@@ -248,7 +342,9 @@ def _for_display(action: argparse.Action) -> argparse.Action:
         help_string = f"{help_string.removesuffix('.')} ({'; '.join(facts)})."
     help_string = help_string.replace("(default: ", f"(default:{_NO_BREAK}")
     flag = action.nargs == "?"
-    if flag:
+    if action.metavar:
+        metavar = str(action.metavar)
+    elif flag:
         metavar = "[BOOL]"
     elif choices:
         metavar = "NAME"
@@ -265,21 +361,18 @@ def _build_parser() -> Any:
 
     from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
 
-    class Parser(HfArgumentParser):
-        """Raises where argparse prints the usage, which has all 170 flags in it, and exits."""
-
-        def error(self, message: str) -> Any:
-            raise FourscoreError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
-
-    parser = Parser((ScriptArguments, PPOConfig, ModelConfig), prog="fourscore ppo", add_help=False, allow_abbrev=False)
+    kinds = (ScriptArguments, PPOConfig, ModelConfig)
+    parser = HfArgumentParser(kinds, prog="fourscore ppo", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", help="YAML file of flags.")
     for action in parser._actions:
         if action.dest in ("logging_strategy", "eval_strategy", "save_strategy"):
             action.choices = ("no", "steps")
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const, action.metavar = "?", "true", "[FOLDER]"
     return parser
 
 
-def _read_config(path: Path, parser: Any) -> dict[str, Any]:
+def _read_config(path: Path, parser: Any, findings: Findings) -> dict[str, Any]:
     """The flags in a YAML file, converted and checked as if they had been typed."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -295,9 +388,9 @@ def _read_config(path: Path, parser: Any) -> dict[str, Any]:
     for action in parser._actions:
         if action.dest != "config":
             actions.setdefault(action.dest, action)
-    for key in values:
-        if key not in actions:
-            raise FourscoreError(f"--config {path}: there is no flag {key}{closest(str(key), actions)}")
+    for key in [key for key in values if key not in actions]:
+        findings.error(f"--config {path}: there is no flag {key}{_meant(str(key), actions)}")
+        del values[key]
     # A run's config.yaml has both names of these settings; without the newer one, a flag with the older one can win.
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -305,7 +398,11 @@ def _read_config(path: Path, parser: Any) -> dict[str, Any]:
     ):
         if old in values and values.get(new) == values[old]:
             values.pop(new)
-    return {key: _convert(actions[key], value, path) for key, value in values.items()}
+    converted = {}
+    for key, value in values.items():
+        with findings.collect():
+            converted[key] = _convert(actions[key], value, path)
+    return converted
 
 
 def _convert(action: argparse.Action, value: Any, path: Path) -> Any:

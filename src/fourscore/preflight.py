@@ -93,6 +93,8 @@ def preflight(
         directory.check(str(args.output_dir), resume)
         if resume and (folder := directory.last_checkpoint(str(args.output_dir)) if resume is True else Path(resume)):
             check_resumable(folder)
+            if changed := directory.check_settings(folder, script_args, args, model_args):
+                findings.warn(changed)
     with findings.collect():
         _check_disk(models, args, model_args, findings)
     return Preflight(models, train, held_out, findings)

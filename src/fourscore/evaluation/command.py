@@ -120,11 +120,11 @@ def run(argv: list[str]) -> int:
     Raises:
         FourscoreError: a line for each thing that is wrong; before any weights are read where that can be.
     """
-    options, flags = parse(argv)
+    options, flags, own = parse(argv)
     findings = Findings()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default", UserWarning)
-        script_args, args, model_args = parse_ppo(flags, trains=False)
+        script_args, args, model_args = parse_ppo(flags, trains=False, own=own)
     for warning in said:
         findings.warn(str(warning.message))
     set_up_logging(args)
@@ -141,11 +141,14 @@ def run(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-def parse(argv: list[str]) -> tuple[Options, list[str]]:
+def parse(argv: list[str]) -> tuple[Options, list[str], list[str]]:
     """Take the flags of `fourscore eval` apart from those of `fourscore ppo`, which a run directory adds its own to.
 
     Args:
         argv: the words after `fourscore eval`.
+
+    Returns:
+        what its own flags say, the words of the others, and the names of its own.
 
     Raises:
         FourscoreError: a value is out of range, there is no such run, or it has no policy yet; a line each.
@@ -184,7 +187,7 @@ def parse(argv: list[str]) -> tuple[Options, list[str]]:
             raise FourscoreError("there is nothing to evaluate: name a run directory, or a policy with --policy_path")
     findings.raise_errors()
     own = (given.judge, given.json, given.samples, given.max_prompts, given.num_generations, given.temperature)
-    return Options(policy, flag, *own), flags
+    return Options(policy, flag, *own), flags, list(vars(given))
 
 
 def _check_alone(run: Path, policy_path: str | None, flags: list[str]) -> None:

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from fourscore import demo
 from fourscore.config import get_peft_config, get_quantization_config
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.adapters import HEAD, OUTPUT_LAYERS
@@ -112,6 +113,9 @@ def inspect_models(
     sft = find("--sft_model_path", training_args.sft_model_path)
     reward = find("--reward_model_path", training_args.reward_model_path)
     value = find("--value_model_path", training_args.value_model_path if trains else None)
+    if model_args.model_name_or_path is not None:
+        with findings.collect():
+            check_shipped_policy(str(training_args.sft_model_path), model_args.model_name_or_path)
     tokenizer = None
     source = model_args.model_name_or_path or (None if sft is None else tokenizer_place(sft))
     if source is not None:
@@ -619,6 +623,21 @@ def tokenizer_place(sft: Checkpoint) -> str:
     """Where the policy's tokenizer is: beside the adapter, if the checkpoint is one and brings it, else at its base."""
     brings = sft.adapter is not None and any(Path(sft.given).glob("tokenizer*"))
     return sft.given if brings else sft.path
+
+
+def check_shipped_policy(policy: str, tokenizer: str) -> None:
+    """Refuse the policy that ships with fourscore, the default, with a tokenizer from another place.
+
+    Args:
+        policy: where it is from.
+        tokenizer: where its tokenizer is from.
+    """
+    places = [os.path.realpath(place) for place in (policy, tokenizer)]
+    if places[0] == os.path.realpath(demo.POLICY) and places[1] != places[0]:
+        raise FourscoreError(
+            f"--sft_model_path was not given, and the policy that ships with fourscore has another tokenizer than "
+            f"{tokenizer}: name your SFT checkpoint"
+        )
 
 
 def _check_beyond_rows(tokenizer: PreTrainedTokenizerBase, source: str, policy: Checkpoint) -> None:

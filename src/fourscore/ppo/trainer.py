@@ -22,7 +22,7 @@ from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models import pass_graphs
 from fourscore.models.adapters import adapter_folder
 from fourscore.models.average import MovingAverage
-from fourscore.models.checks import check_length, check_stop_token, check_top_k
+from fourscore.models.checks import check_length, check_shipped_policy, check_stop_token, check_top_k
 from fourscore.models.forward import without_peft
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
@@ -100,8 +100,8 @@ class PPOTrainer:
             GRPO, sequence classifiers that read text, or strings as in that flag. `docs/rewards.md` says what a
             function is given and may return.
         reward_processing_class: tokenizer of a reward model that reads text; None: that of its checkpoint.
-        check_lengths: hold prompts and completions against the positions that the models were made for; False where
-            `preflight` has done so.
+        checked: whether `preflight` has held prompts and completions against the positions that the models were made
+            for, and a resumed run's settings against those that it began with.
 
     Raises:
         FourscoreError: settings, models or data that do not fit together.
@@ -134,10 +134,17 @@ class PPOTrainer:
         peft_config: PeftConfig | None = None,
         reward_funcs: Any | None = None,
         reward_processing_class: Any | None = None,
-        check_lengths: bool = True,
+        checked: bool = False,
     ) -> None:
+        models = {"model": model, "ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
+        for name, given in models.items():
+            if not isinstance(given, torch.nn.Module) and (given is not None or name == "model"):
+                raise FourscoreError(f"{name} {given!r}: must be a loaded model; fourscore.load_models loads all roles")
+        if place := getattr(processing_class, "name_or_path", ""):
+            check_shipped_policy(getattr(model, "name_or_path", ""), place)
         self.args = args
         self.processing_class = processing_class
+        self._checked = checked
         self.parallel = Parallel.start(args)
         self._keeps_memory = False
         if self.parallel.device.type == "cpu":
@@ -160,7 +167,7 @@ class PPOTrainer:
         reads_text = reward_model is not None and reward_processing_class is not None
         if reads_text:
             logger.info("the reward model reads text: its tokens are not the policy's")
-        if check_lengths:
+        if not checked:
             reads_tokens = (model, None if reads_text else reward_model, value_model)
             self._check_lengths([m for m in reads_tokens if m is not None])
         args.resolve_batches(len(self.train_dataset), self.parallel.world_size)
@@ -449,6 +456,7 @@ class PPOTrainer:
             a row a prompt: `prompt`, `completion`, `score`; empty without an eval dataset.
         """
         if self.eval_dataset is None:
+            logger.warning("generate_completions: there is nothing to complete without an eval_dataset")
             return []
         limit = self.args.per_device_eval_batch_size * self.parallel.world_size if sampling else None
         rows = self.complete_eval_prompts(0.0, limit=limit)
@@ -564,6 +572,8 @@ class PPOTrainer:
         self.state = self._new_state()
         torch.manual_seed(args.seed + 100_003 * self.parallel.rank)
         if found is not None:
+            if not self._checked and (changed := directory.check_settings(found, *self.run_config)):
+                logger.warning("%s", changed)
             self._load_checkpoint(found)
         elif resume:
             logger.warning("%s holds no whole checkpoint yet: starting from the beginning", folder)

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import os
 import re
 from enum import Enum
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from fourscore.config import DERIVED_FIELDS
-from fourscore.config_fields import FIELDS
+from fourscore.config import DERIVED_FIELDS, ModelConfig
+from fourscore.config_fields import FIELDS, GROUPS
 from fourscore.errors import FourscoreError
 
 CONFIG = "config.yaml"
@@ -34,6 +35,38 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SECRETS = ("hub_token", "push_to_hub_token")
 # These belong to one start of a run, not to its settings.
 _OF_ONE_START = ("local_rank", "resume_from_checkpoint")
+
+_MODELS = ("sft_model_path", "reward_model_path", "value_model_path")
+# Of the other groups, and of the other two dataclasses, what the numbers of a run depend on; length is free to grow.
+_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "seed",
+    "data_seed",
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "prompt_column",
+)
+# And of these groups, what only says how, or what is shown.
+_MEANS = (
+    "vllm_server_url",
+    "vllm_python",
+    "vllm_gpu_memory_utilization",
+    "vllm_timeout",
+    "vllm_retries",
+    "reward_timeout",
+    "reward_retries",
+    "reward_concurrency",
+    "reward_batch_size",
+    "local_rollout_forward_batch_size",
+    "pack_rollout_weights",
+    "cuda_graphs",
+    "keep_freed_memory",
+    "dataset_num_proc",
+    "num_sample_generations",
+)
 
 
 def check(path: str | Path, resume: str | Path | bool | None) -> None:
@@ -63,18 +96,80 @@ def check(path: str | Path, resume: str | Path | bool | None) -> None:
             raise FourscoreError(
                 f"--resume_from_checkpoint {resume}: no such checkpoint; checkpoints in {path}: {there}"
             )
+        if _is_run(Path(resume)):
+            last = last_checkpoint(resume)
+            way_out = "it has none yet" if last is None else f"such as {last}, or true for the last of --output_dir"
+            raise FourscoreError(f"--resume_from_checkpoint {resume}: is a run; name a checkpoint in it, {way_out}")
         # A checkpoint of another directory may start a run in a new one.
         if entries and not _is_run(path):
             raise FourscoreError(f"--output_dir {path} is not empty and holds no run: give another --output_dir")
     elif resume:
         if not _is_run(path):
             raise FourscoreError(f"--output_dir {path} holds no run to resume: leave --resume_from_checkpoint out")
+    elif entries == [CONFIG]:
+        raise FourscoreError(
+            f"--output_dir {path} holds a run that has not finished an update yet ({CONFIG} is all there is): pass "
+            "--resume_from_checkpoint true to start it over, or another --output_dir"
+        )
     elif entries:
         more = ", ..." if len(entries) > 4 else ""
         raise FourscoreError(
             f"--output_dir {path} is not empty ({', '.join(entries[:4])}{more}): pass --resume_from_checkpoint true to "
             "go on with the run in it, or another --output_dir"
         )
+
+
+def check_settings(checkpoint: str | Path, *configs: Any) -> str | None:
+    """Hold the settings with which a run goes on from a checkpoint against those it began with.
+
+    Logging, saving, the length of the run and how things are computed may change.
+
+    Args:
+        checkpoint: its folder, in the directory of the run that wrote it.
+        configs: dataclass instances, as for `write_config`.
+
+    Returns:
+        a warning that names what has changed, or None.
+
+    Raises:
+        FourscoreError: the models are others: the reference policy and the rewards would be, too.
+    """
+    run = Path(checkpoint).parent
+    try:
+        began = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    if not isinstance(began, dict):
+        return None
+    now = _settings(*configs)
+    names = [field.name for config in configs for field in dataclasses.fields(config) if _counts(field.name)]
+    changed = {name for name in names if not _same(began.get(name), now.get(name))}
+    errors = [
+        f"--{name} {now.get(name)}: the run in {run} began with {began.get(name)}, and would go on with another "
+        f"reference or other rewards; name that one, or write where it is now into {run / CONFIG}"
+        for name in _MODELS
+        if name in changed
+    ]
+    if errors:
+        raise FourscoreError(*errors)
+    if not changed:
+        return None
+    said = ", ".join(f"--{name} {now.get(name)} (was {began.get(name)})" for name in names if name in changed)
+    return f"the run in {run} goes on with other settings than it began with: {said}"
+
+
+def _counts(name: str) -> bool:
+    """Whether the numbers of a run depend on a setting."""
+    if name in FIELDS:
+        groups = ("Models", "Rewards", "Rollout", "PPO", "Optimisation")
+        return name in _SETTINGS or (name not in _MEANS and any(name in GROUPS[group] for group in groups))
+    return name in _SETTINGS or name in {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, str) and isinstance(other, str) and os.path.exists(one) and os.path.exists(other):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return one == other
 
 
 def last_checkpoint(path: str | Path) -> Path | None:
@@ -101,6 +196,11 @@ def write_config(path: str | Path, *configs: Any) -> None:
         path: The file.
         configs: Dataclass instances: `ScriptArguments`, `PPOConfig`, `ModelConfig`, or some of them.
     """
+    text = yaml.safe_dump(_settings(*configs), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _settings(*configs: Any) -> dict[str, Any]:
     refused = (name for name, note in FIELDS.items() if note.status == "refused")
     left_out = {*_SECRETS, *_OF_ONE_START, *DERIVED_FIELDS, *refused}
     settings: dict[str, Any] = {}
@@ -111,7 +211,7 @@ def write_config(path: str | Path, *configs: Any) -> None:
             unset = value is None and field.default is None
             if field.init and not (derived or unset or field.name in left_out):
                 settings[field.name] = _plain(value)
-    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return settings
 
 
 def _plain(value: Any) -> Any:
