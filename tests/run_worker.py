@@ -47,7 +47,7 @@ def main(out: str, sft: str, reward: str, adapter: str, kill_before: int, resume
         disable_tqdm=True,
         **groups,
     )
-    models = load_models(ModelConfig(use_peft=adapter == "lora"), args)
+    models = load_models(ModelConfig(use_peft=adapter in ("lora", "on an adapter")), args)
     trainer = PPOTrainer(
         args=args,
         processing_class=models.tokenizer,

@@ -962,8 +962,8 @@ ROWS = {
         row(
             "a checkpoint without optimizer state",
             "--output_dir runs/a --resume_from_checkpoint runs/a/checkpoint-3",
-            "--resume_from_checkpoint runs/a/checkpoint-3: trainer_state.json is missing, so it cannot be resumed (a "
-            "run with --save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path).",
+            "--resume_from_checkpoint runs/a/checkpoint-3: trainer_state.json is missing, so it cannot be resumed "
+            "(--save_only_model leaves it out); weights alone can be passed as --sft_model_path",
             prepare=weights_only_run,
         ),
         row(
@@ -1264,6 +1264,7 @@ def test_warnings_are_lines_too(place, capsys):
         ("--kl_estimator k3", "--kl_estimator k3 in the reward hardly holds the policy near its reference"),
         ("--early_stop_kl 0.1 --num_ppo_epochs 1", "--early_stop_kl 0.1 has no effect on updates of one step"),
         ("--positive_lm_threshold 1", "--positive_lm_threshold 1.0 has no effect without --positive_lm_coef"),
+        ("--overlong_penalty 2", "--overlong_penalty 2.0 has no effect without --overlong_buffer"),
         ("--preset vapo --response_length 8", "--lam_alpha 0.05: completions of at most 20 tokens get a lambda of 0"),
     ],
 )

@@ -306,11 +306,13 @@ def test_ctrl_c_says_how_to_resume(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     assert cli.main(run) == 130
     assert "nothing to resume from" in capsys.readouterr().err
-    (tmp_path / "run" / "checkpoint-7").mkdir()
+    for update in (7, 9):
+        (tmp_path / "run" / f"checkpoint-{update}").mkdir()
+    for name in ("trainer_state.json", "optimizers.pt", "rng.pt"):
+        (tmp_path / "run" / "checkpoint-7" / name).touch()
     assert cli.main(run) == 130
     err = capsys.readouterr().err
-    assert "checkpoint-7" in err
-    assert "--resume_from_checkpoint true" in err
+    assert f"--resume_from_checkpoint {tmp_path}/run/checkpoint-7" in err, "the last one lacks what resuming needs"
 
 
 def test_missing_model_is_one_line(run, capsys):

@@ -4,13 +4,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
 from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -138,6 +139,12 @@ def shy(prompts, completions_a, completions_b, **kwargs):
 def length(prompts, completions, **kwargs):
     return [len(text) for text in completions]
 
+def by_token(completion_ids, completions):
+    return [[0.5] * len(ids) for ids in completion_ids]
+
+def infinite(completions):
+    return [float("inf")] * len(completions)
+
 def rude(completions_a, completions_b):
     return ["b" for _ in completions_a]
 
@@ -256,12 +263,19 @@ def evaluate(tmp_path: Path, *argv: object) -> dict:
     return json.loads((tmp_path / "eval.json").read_text())
 
 
+def load(folder: Path) -> Any:
+    """A policy as its users load it."""
+    adapted = (folder / "adapter_config.json").exists()
+    return (AutoPeftModelForCausalLM if adapted else AutoModelForCausalLM).from_pretrained(folder)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_measured_as_its_trainer_did(runs, kind: str, tmp_path: Path, capsys) -> None:
     found = evaluate(tmp_path, runs[kind])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
-    assert "8 held-out prompts, 1 completion each, at temperature 0.7, seed 3" in printed
+    assert "8 prompts, 1 completion each, at temperature 0.7, seed 3" in printed
     trained = read_json_lines(runs[kind] / "metrics.jsonl")[-1]
     for ours, theirs in (
         (found["rewards"]["reward_model"]["policy"]["mean"], "scores"),
@@ -271,7 +285,15 @@ def test_a_run_is_measured_as_its_trainer_did(runs, kind: str, tmp_path: Path, c
     ):
         assert ours == pytest.approx(trained[f"eval/{theirs}"], rel=1e-4, abs=1e-4)
     assert found["kl"]["mean"] > 0.01
-    # And a checkpoint of the last update, which keeps two adapters apart, is the policy that was saved.
+    # And a checkpoint of the last update is the policy that was saved, for transformers, too.
+    ids = torch.tensor([[1, 40, 41]])
+    places = ("", "checkpoint-2", "policy_ema", "checkpoint-2/policy_ema")
+    logits = [load(runs[kind] / place)(ids).logits for place in places]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
+    assert not torch.allclose(logits[0], logits[2])
+    assert not list(runs[kind].glob("checkpoint-2/**/README.md")), "PEFT's own, not filled in"
+    assert ("| lora_r | 16 |" in (runs[kind] / "README.md").read_text()) == ("lora" in kind)
+    assert (runs[kind] / "checkpoint-2" / "trained_adapter").is_dir() == (kind == "lora on an adapter")
     before = evaluate(tmp_path, runs[kind], "--checkpoint", "checkpoint-2")
     assert before["settings"].pop("policy") == str(runs[kind] / "checkpoint-2")
     found["settings"].pop("policy")
@@ -496,12 +518,16 @@ def test_the_table_is_rounded_to_its_errors() -> None:
 
 
 def test_several_rewards_are_weighted_as_in_the_run(runs, judges: Path, tmp_path: Path, capsys) -> None:
-    functions = ["--reward_funcs", f"{judges}:length", "--reward_weights", "1", "0.1"]
-    found = evaluate(tmp_path, runs["lora"], *functions, "--samples", 0)
-    assert list(found["rewards"]) == ["reward_model", "length"]
+    functions = ["--reward_funcs", f"{judges}:length", f"{judges}:by_token", "--reward_weights", "1", "0.1", "2"]
+    judge = ["--judge", f"{judges}:by_token"]
+    found = evaluate(tmp_path, runs["lora"], *functions, *judge, "--samples", 0)
+    assert list(found["rewards"]) == ["reward_model", "length", "by_token"]
+    assert found["judge"] == found["rewards"]["by_token"]
     first = read_json_lines(tmp_path / "eval.samples.jsonl")[0]["policy"]
     assert first["scores"]["length"] == len(first["completion"])
-    assert first["score"] == pytest.approx(first["scores"]["reward_model"] + 0.1 * first["scores"]["length"])
+    assert first["scores"]["by_token"] == 0.5 * first["completion_length"]
+    weighted = zip(first["scores"].values(), (1, 0.1, 2, 0), strict=True)  # the judge's is in no sum
+    assert first["score"] == pytest.approx(sum(score * weight for score, weight in weighted))
     assert "weighted sum" in capsys.readouterr().out
 
 
@@ -521,6 +547,11 @@ def test_rewards_without_the_policys_tokens(sft, prompts, judges: Path, tmp_path
     found = evaluate(tmp_path, *flags, "--reward_funcs", f"{judges}:length", "--use_cpu")
     assert list(found["rewards"]) == ["length"]
     assert found["rewards"]["length"] == found["score"]
+
+
+def test_a_judge_that_gives_no_numbers(runs, judges: Path, capsys) -> None:
+    assert cli.main(["eval", str(runs["full"]), "--judge", f"{judges}:infinite"]) == 2
+    assert "error: judge 'infinite' gave inf, which is not finite, for the sample" in capsys.readouterr().err
 
 
 def test_conversations(tmp_path: Path, llama_reward: Path, capsys) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fourscore import FourscoreError
 from fourscore.parallel import Parallel
-from fourscore.runs.checkpoint import prune, written_whole
+from fourscore.runs.checkpoint import Training, load, prune, resumable, rng_state, written_whole
 
 HERE = Path(__file__).parent
 ALONE = Parallel(torch.device("cpu"), rank=0, world_size=1, sharded=False)
@@ -33,6 +35,13 @@ def run(out: Path, checkpoints: tuple[Path, Path], adapter: str, kill_before: in
     return done.returncode
 
 
+def adapter_of(base: Path, folder: Path) -> Path:
+    lora = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def lines(folder: Path, name: str) -> list[dict]:
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "eps" and not k.startswith(("time/", "memory/"))} for r in rows]
@@ -40,10 +49,17 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("adapter", "weights"),
-    [("full", "model.safetensors"), ("lora", "adapter_model.safetensors"), ("groups", "model.safetensors")],
+    [
+        ("full", "model.safetensors"),
+        ("lora", "adapter_model.safetensors"),
+        ("on an adapter", "adapter_model.safetensors"),
+        ("groups", "model.safetensors"),
+    ],
 )
 def test_killed_and_resumed(adapter: str, weights: str, llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
     checkpoints = (llama_policy, llama_reward)
+    if adapter == "on an adapter":
+        checkpoints = (adapter_of(llama_policy, tmp_path / "sft"), llama_reward)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(whole, checkpoints, adapter) == 0
     assert run(broken, checkpoints, adapter, kill_before=5) == -signal.SIGKILL
@@ -60,6 +76,29 @@ def test_killed_and_resumed(adapter: str, weights: str, llama_policy: Path, llam
         ours, theirs = (load_file(folder / "checkpoint-6" / role / weights) for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert {p.name for p in whole.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_a_damaged_checkpoint_is_named_and_a_whole_one_too(
+    llama_policy: Path, llama_reward: Path, tmp_path: Path
+) -> None:
+    for update in (2, 4):
+        folder = tmp_path / f"checkpoint-{update}"
+        shutil.copytree(llama_policy, folder)
+        for name in ("trainer_state.json", "optimizers.pt", "rng.pt"):
+            torch.save([rng_state()], folder / name)
+    assert resumable(tmp_path) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
+    policy = AutoModelForCausalLM.from_pretrained(llama_policy)
+    training = Training({"policy": policy}, {}, {})
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(FourscoreError, match=rf"{folder}: cannot be read .*; try .*/checkpoint-2$"):
+        load(folder, training, ALONE)
+    (folder / "optimizers.pt").unlink()
+    with pytest.raises(FourscoreError, match=r"optimizers.pt is missing, .*; .*/checkpoint-2 is whole$"):
+        load(folder, training, ALONE)
+    assert resumable(tmp_path) == [tmp_path / "checkpoint-2"]
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(FourscoreError, match=r"optimizers.pt is missing, .*; weights alone can be passed"):
+        load(folder, training, ALONE)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -106,12 +106,13 @@ def test_the_answers_of_openrlhf_and_its_kin(answer: Any) -> None:
 def test_token_rewards_none_and_extra_logs() -> None:
     def answer(body):
         rewards = [[1.0] * len(ids) if len(ids) > 1 else None for ids in body["completion_ids"]]
-        return {"rewards": rewards, "extra_logs": {"hits": [1, 2, 3]}}
+        return {"rewards": rewards, "extra_logs": {"hits": [1, 2, 3], "load": 0.5, "host": "a", "none": []}}
 
     with serving(answer) as (url, _):
         rated = ask(url, batch_size=3)
     assert rated.token_rewards.tolist() == [1, 1, 0, 1, 1, 1]
-    assert rated.metrics["hits"] == 2
+    assert rated.metrics["hits"] == 2 and rated.metrics["load"] == 0.5
+    assert not {"host", "none"} & rated.metrics.keys()
     assert rated.metrics[f"rewards/{url.split('/')[2]}/share"] == pytest.approx(2 / 3)
 
 
@@ -127,7 +128,9 @@ def test_failing_twice_and_then_fine() -> None:
         assert ask(url, batch_size=3).scores.tolist() == [2, 1, 3]
         assert time.perf_counter() - started > 0.9  # it waits before it asks again
     with serving(lambda body: 503) as (url, requests):
-        with pytest.raises(RewardError, match=r"127.0.0.1:\d+/get_reward: it answered with status 503 \(no\)"):
+        with pytest.raises(
+            RewardError, match=r"127.0.0.1:\d+/get_reward: it answered with status 503 in 2 tries \(no\)"
+        ):
             ask(url, batch_size=3, retries=1)
         assert len(requests) == 2
 

@@ -216,7 +216,7 @@ def test_token_rewards_are_added_where_they_belong() -> None:
     assert rated.scores.tolist() == [0, 15, 0]
     assert rated.token_rewards.tolist() == pytest.approx([8 + 3, 0 + 6, 0, 8.4, 8.6, 0])
     assert rated.totals.tolist() == pytest.approx([17, 15, 17])
-    assert rated.applies.tolist() == [False, True, False]
+    assert rated.whole.tolist() == [False, True, False] and rated.applies.all()
     assert rated.metrics["rewards/by_token/mean"] == pytest.approx((4 + 8.5) / 2)
     assert rated.metrics["rewards/by_token/share"] == pytest.approx(2 / 3)
     e = given.experience
@@ -256,14 +256,36 @@ def test_async_functions_run_at_the_same_time_in_one_loop() -> None:
         ([1.0, "good", 1.0], "gave 'good', which is no number, for the sample 'a plot"),
         ([[1.0], 1.0, 1.0], "gave 1 token rewards for a completion of 2 tokens, for the sample 'the film"),
         ([1.0, 1.0, [0.0, math.inf, 0.0]], "gave inf for token 1, which is not finite, for the sample 'so"),
+        ([1.0, 1e39, 1.0], "gave 1e+39, which is more than fp32 holds, for the sample 'a plot"),
+        (torch.tensor([1.0, 1.0, -1e39]).double() * 1e10, "gave -inf, which is not finite, for the sample 'so"),
         (torch.ones(3, 2), "gave 2 token rewards for a completion of 1 tokens, for the sample 'a plot"),
     ],
 )
 def test_what_is_no_reward_is_refused(given: Any, message: str) -> None:
     with pytest.raises(RewardError, match=f"^reward 'named' {re.escape(message)}"):
-        parse("named", given, samples())
+        parse("reward 'named'", given, samples())
     with pytest.raises(RewardError, match=re.escape(message)):
         scorer(lambda completions: given).rate(samples())
+
+
+def test_an_exception_below_a_function_is_named_by_its_own_line(tmp_path: Path) -> None:
+    code = """
+import json, sys
+def deep(completions): return [json.loads(c + "{") for c in completions]
+
+def ends(completions):
+    sys.exit(3)
+"""
+    (tmp_path / "deep.py").write_text(code)
+    for name, said in (
+        ("deep", "JSONDecodeError: .*, in .*deep.py, line 3$"),
+        ("ends", "SystemExit: 3, in .*, line 6$"),
+    ):
+        with pytest.raises(RewardError, match=f"^reward '{name}' failed: {said}"):
+            scorer(load_function(f"{tmp_path}/deep.py:{name}")).rate(samples())
+    (tmp_path / "typo.py").write_text("def f(\n")
+    with pytest.raises(FourscoreError, match=r"cannot be imported \(SyntaxError: .*\(typo.py, line 1\)\)$"):
+        load_function(f"{tmp_path}/typo.py:f")
 
 
 def test_an_exception_in_a_function_says_where() -> None:
@@ -359,13 +381,16 @@ def test_a_reward_model_and_a_function_add_up(tmp_path: Path) -> None:
 
 
 def test_token_rewards_reach_the_advantages(tmp_path: Path) -> None:
-    trainer = trainer_on(config(tmp_path, max_steps=1), lambda completion_ids: [[1.0] * len(c) for c in completion_ids])
+    args = config(tmp_path, max_steps=1, num_sample_generations=1)
+    trainer = trainer_on(args, lambda completion_ids: [[1.0] * len(c) for c in completion_ids])
     kept: list[Experience] = []
     update = trainer._update
     trainer._update = lambda e, *rest: (kept.append(e), update(e, *rest))[1]
     trainer.train()
     [e] = kept
     assert e.scores.tolist() == [0] * 4
+    written = [json.loads(line)["score"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert written == e.completion_lens.tolist()
     assert torch.allclose(e.rewards, 1 - 0.05 * e.kl)
     [row] = metrics(tmp_path)
     assert row["objective/token_rewards"] == pytest.approx(row["tokens/completion"] / 4)
@@ -445,6 +470,18 @@ def test_no_reward_at_all(tmp_path: Path) -> None:
 
 def test_notes() -> None:
     s = scorer(lambda log_extra, completions: log_extra("a", [1]) or [0.0] * 3)
-    with pytest.raises(RewardError, match="1 values for 3 samples"):
+    with pytest.raises(
+        RewardError, match=r"^reward '<lambda>': log_extra\('a', ...\) was given 1 values for 3 samples"
+    ):
         s.rate(samples())
     assert Notes().columns == {}
+    for metric in ("objective/kl", "rewards/mine/mean", "value/x", "lr"):
+        with pytest.raises(
+            RewardError, match=rf"^reward '<lambda>': log_metric\('{metric}', ...\): the run logs under"
+        ):
+            scorer(lambda log_metric, completions, metric=metric: log_metric(metric, 1.0)).rate(samples())
+    with pytest.raises(RewardError, match=r"log_metric\('a', 'b'\): that is no number"):
+        scorer(lambda log_metric, completions: log_metric("a", "b")).rate(samples())
+    for column in ("prompt", "completion", "score", "step", "split"):
+        with pytest.raises(RewardError, match=rf"log_extra\('{column}', ...\): samples have that; give another name"):
+            scorer(lambda log_extra, completions, column=column: log_extra(column, [1] * 3)).rate(samples())

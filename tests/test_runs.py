@@ -233,7 +233,7 @@ def test_settings_that_a_run_goes_on_with(tmp_path: Path, monkeypatch: pytest.Mo
 
     changed = directory.check_settings(at, *settings("b.jsonl", r=8, kl_coef=0.2, seed=1, missing_eos_penalty=1.0))
     assert changed == (
-        f"the run in {at.parent} goes on with other settings than it began with: --dataset_name b.jsonl (was a.jsonl), "
+        f"the run in {at.parent} goes on with other settings than before: --dataset_name b.jsonl (was a.jsonl), "
         "--seed 1 (was 42), --missing_eos_penalty 1.0 (was None), --kl_coef 0.2 (was 0.05), --lora_r 8 (was 16)"
     )
     with pytest.raises(FourscoreError) as error:

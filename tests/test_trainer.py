@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, caplog: 
         trainer_on(args).train(resume_from_checkpoint=steps > 1)
     assert "goes on with other settings" not in caplog.text
     trainer_on(replace(args, max_steps=3, num_total_batches=None, gamma=0.5)).train(resume_from_checkpoint=True)
-    assert "goes on with other settings than it began with: --gamma 0.5 (was 1.0)" in caplog.text
+    assert "goes on with other settings than before: --gamma 0.5 (was 1.0)" in caplog.text
 
 
 @pytest.mark.parametrize("role", ["model", "ref_model", "reward_model", "value_model"])

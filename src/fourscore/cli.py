@@ -294,11 +294,10 @@ def _resume(flag: str | None) -> str | bool | None:
 
 def _how_to_resume(output_dir: str | None) -> str:
     if output_dir is not None:
-        from fourscore.runs import directory
+        from fourscore.runs.checkpoint import resumable
 
-        checkpoint = directory.last_checkpoint(output_dir)
-        if checkpoint is not None:
-            return f"Stopped. To go on from {checkpoint}: the same command with --resume_from_checkpoint true."
+        if found := resumable(output_dir):
+            return f"Stopped. To go on from {found[-1]}: the same command with --resume_from_checkpoint {found[-1]}."
         if os.path.isdir(output_dir):
             return f"Stopped before the first checkpoint in {output_dir}: there is nothing to resume from."
     return "Stopped before the first update."

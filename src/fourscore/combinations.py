@@ -80,6 +80,8 @@ def doubtful(args: "PPOConfig") -> list[str]:
         )
     if args.positive_lm_threshold != 0 and args.positive_lm_coef == 0:
         found.append(f"--positive_lm_threshold {args.positive_lm_threshold} has no effect without --positive_lm_coef")
+    if args.overlong_penalty != 1 and args.overlong_buffer == 0:
+        found.append(f"--overlong_penalty {args.overlong_penalty} has no effect without --overlong_buffer")
     if 0 < args.lam_alpha * args.response_length <= 1:
         found.append(
             f"--lam_alpha {args.lam_alpha}: completions of at most {1 / args.lam_alpha:.0f} tokens get a lambda of 0, "

@@ -369,7 +369,7 @@ def _read_files(paths: list[Path]) -> Mapping[str, datasets.Dataset]:
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, which logs errors that it then raises."""
+    """`datasets.load_dataset` of files, which logs errors that it then raises."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
@@ -411,7 +411,7 @@ def _read_hub(name: str, config: str | None, flag: str) -> Mapping[str, datasets
                 "a local path, or set HF_HUB_OFFLINE=1 if the dataset is in the local cache"
             ) from error
     try:
-        return _load(name, name=config)
+        return datasets.load_dataset(name, name=config)
     except Exception as error:
         raise FourscoreError(f"{flag} {name}: {_cause(error)}") from error
 

@@ -183,6 +183,7 @@ ELSEWHERE = {
 }
 """Flags of other trainers, and what does here what they do there."""
 
+_REFUSED = frozenset(name for name, note in FIELDS.items() if note.status == "refused")
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
@@ -278,8 +279,7 @@ def _note_unknown(unknown: list[str], parser: Any, own: Iterable[str], findings:
     if not unknown[0].startswith("-"):
         findings.error(f"{unknown[0]!r} belongs to no flag; see fourscore ppo --help")
         return
-    refused = {name for name, note in FIELDS.items() if note.status == "refused"}
-    flags = [flag for action in parser._actions if action.dest not in refused for flag in action.option_strings]
+    flags = [flag for action in parser._actions if action.dest not in _REFUSED for flag in action.option_strings]
     flags += [f"--{name}" for name in own]
     for word in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
         findings.error(f"there is no flag {word}{_meant(word, flags)}")
@@ -389,7 +389,7 @@ def _read_config(path: Path, parser: Any, findings: Findings) -> dict[str, Any]:
         if action.dest != "config":
             actions.setdefault(action.dest, action)
     for key in [key for key in values if key not in actions]:
-        findings.error(f"--config {path}: there is no flag {key}{_meant(str(key), actions)}")
+        findings.error(f"--config {path}: there is no flag {key}{_meant(str(key), actions.keys() - _REFUSED)}")
         del values[key]
     # A run's config.yaml has both names of these settings; without the newer one, a flag with the older one can win.
     for old, new in (

@@ -192,7 +192,10 @@ def parse(argv: list[str]) -> tuple[Options, list[str], list[str]]:
 
 def _check_alone(run: Path, policy_path: str | None, flags: list[str]) -> None:
     if policy_path is not None:
-        raise FourscoreError(f"--policy_path {policy_path}: {run} names the policy already; drop one of the two")
+        raise FourscoreError(
+            f"--policy_path {policy_path}: {run} names the policy already; drop one of the two, or name a checkpoint "
+            "of the run with --checkpoint"
+        )
     if any(flag.split("=")[0] == "--config" for flag in flags):
         raise FourscoreError(f"--config: the flags of {run} are in its {directory.CONFIG}; drop one of the two")
 
@@ -202,9 +205,9 @@ def _trained_policy(run: Path, checkpoint: str | None) -> Path:
     if not run.is_dir():
         raise FourscoreError(f"{run}: there is no such run directory")
     if not (run / directory.CONFIG).is_file():
-        raise FourscoreError(
-            f"{run}: has no {directory.CONFIG}, so it is no run; give the --output_dir of one, or --policy_path"
-        )
+        inside = (run.parent / directory.CONFIG).is_file()
+        way_out = f"{run.parent} --checkpoint {run.name}" if inside else "the --output_dir of one, or --policy_path"
+        raise FourscoreError(f"{run}: has no {directory.CONFIG}, so it is no run; give {way_out}")
     there = [found.name for found in directory.checkpoints(run)]
     if checkpoint is not None:
         if not (run / checkpoint).is_dir():
@@ -361,7 +364,7 @@ def _headings(options: Options, subject: Subject, args: PPOConfig) -> tuple[str,
     ]
     if not temperature:
         notes.append("Greedy completions: the KL is their log-ratio, which is no estimate of the divergence.")
-    return f"{prompts} held-out prompts, {each} completion{'s' * (each > 1)} each, {drawn}", notes
+    return f"{prompts} prompts, {each} completion{'s' * (each > 1)} each, {drawn}", notes
 
 
 def _shown(path: str) -> str:

@@ -30,7 +30,7 @@ def load_judge(spec: str) -> "Function | PairJudge":
         raise FourscoreError(
             f"--judge {spec}: takes neither completions, to score them, nor {' and '.join(PAIR)}, to compare them"
         )
-    return Function(function, f"--judge {spec}")
+    return Function(function, f"--judge {spec}", kind="judge")
 
 
 class PairJudge:
@@ -95,8 +95,8 @@ class PairJudge:
             asked["prompts"] = [prompts[i] for i in differ]
         try:
             said = list(self._function(**asked))
-        except Exception as error:  # a judge does whatever it likes
-            raise failure(self.name, error) from error
+        except (Exception, SystemExit) as error:  # a judge does whatever it likes
+            raise failure(f"judge {self.name!r}", error) from error
         if len(said) != len(differ):
             raise FourscoreError(
                 f"{self._named}: gave {len(said)} verdicts on {len(differ)} pairs; it must give one each"

@@ -276,18 +276,15 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
     """Makes one LoRA of the frozen adapters and the trained one in a folder that `save_pretrained` has written.
 
     `B1 A1 + B2 A2` is `[B1 B2] [A1; A2]`, so the sum is a LoRA of their joint rank, exactly, and `from_pretrained` on
-    the base model gives the whole policy. What cannot be put so (DoRA, another kind of adapter) is left in two folders.
+    the base model gives the whole policy.
 
     Args:
-        model: whose adapters these are.
+        model: whose adapters these are; they `can_be_one`.
         folder: holds the trained adapter, and each frozen one in a folder of its name.
     """
     frozen, trained = frozen_adapters(model), trained_adapter(model)
     places = {name: folder / name for name in frozen} | {trained: adapter_folder(model, folder)}
     configs = {name: cast(Any, model.peft_config[name]) for name in places}
-    if not can_be_one(model):
-        logger.warning("%s holds two adapters: load %s first and put %s on top", folder, ", ".join(frozen), trained)
-        return
     pieces: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for adapter, place in places.items():

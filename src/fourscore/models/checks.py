@@ -34,9 +34,9 @@ from fourscore import demo
 from fourscore.config import get_peft_config, get_quantization_config
 from fourscore.errors import Findings, FourscoreError
 from fourscore.models.adapters import HEAD, OUTPUT_LAYERS
-from fourscore.models.checkpoint import Checkpoint, TensorHeader, find_checkpoint
+from fourscore.models.checkpoint import ADAPTER_CONFIG, Checkpoint, TensorHeader, find_checkpoint
 from fourscore.models.cpu import cpu_info
-from fourscore.models.layout import Layout, decide_layout, frozen_dtype, value_start
+from fourscore.models.layout import SFT_ADAPTER, Layout, decide_layout, frozen_dtype, value_start
 from fourscore.models.tokenizer import first_conflict, load_tokenizer
 
 if TYPE_CHECKING:
@@ -113,6 +113,12 @@ def inspect_models(
     sft = find("--sft_model_path", training_args.sft_model_path)
     reward = find("--reward_model_path", training_args.reward_model_path)
     value = find("--value_model_path", training_args.value_model_path if trains else None)
+    adapter = None if sft is None else sft.adapter
+    if sft is not None and adapter is not None and Path(adapter.path, SFT_ADAPTER, ADAPTER_CONFIG).is_file():
+        findings.error(
+            f"{sft.named}: was trained on top of the adapter in its folder {SFT_ADAPTER}, with which it cannot be one; "
+            "merge both into their base, and give that"
+        )
     if model_args.model_name_or_path is not None:
         with findings.collect():
             check_shipped_policy(str(training_args.sft_model_path), model_args.model_name_or_path)

@@ -78,6 +78,10 @@ def mismatch_metrics(experience: Experience, parallel: Parallel) -> dict[str, fl
     }
 
 
+_ROUNDING = 1e-5
+"""What a KL term of rounding alone makes of equal returns stays below."""
+
+
 def value_metrics(experience: Experience, gamma: float, parallel: Parallel) -> dict[str, float]:
     """How well the values of the rollout's states foretold what came: Monte-Carlo returns, over all processes.
 
@@ -88,9 +92,9 @@ def value_metrics(experience: Experience, gamma: float, parallel: Parallel) -> d
 
     Returns:
         `value/explained_variance`, `1 - Var(return - value) / Var(return)`: 1 is perfect, 0 no better than one number
-        for all states, below 0 worse than that (missing where all returns are equal); and the mean of value - return
-        in thirds of the completions, `value/bias_first`, `value/bias_middle` and `value/bias_last` (missing where no
-        completion is long enough to have a token there; one of a single token has its middle alone).
+        for all states, below 0 worse than that (missing where all returns are equal to rounding); and the mean of
+        value - return in thirds of the completions, `value/bias_first`, `value/bias_middle` and `value/bias_last`
+        (missing where no completion is long enough to have a token there; one of a single token has its middle alone).
     """
     e = experience
     assert e.rewards is not None and e.values is not None
@@ -108,7 +112,8 @@ def value_metrics(experience: Experience, gamma: float, parallel: Parallel) -> d
     tokens = sum(counts)
     squares = [(returns - mean_return / tokens).square().sum(), (errors - mean_error / tokens).square().sum()]
     spread, unexplained = parallel.sum(torch.stack(squares)).tolist()
-    metrics = {"value/explained_variance": 1 - unexplained / spread} if spread > 0 else {}
+    varies = spread / tokens > (_ROUNDING * max(1.0, abs(mean_return / tokens))) ** 2
+    metrics = {"value/explained_variance": 1 - unexplained / spread} if varies else {}
     for name, count, bias in zip(("first", "middle", "last"), counts, biases, strict=True):
         if count:
             metrics[f"value/bias_{name}"] = bias / count

@@ -20,13 +20,13 @@ from transformers.trainer_utils import TrainOutput, enable_full_determinism
 from fourscore.data import PromptOrder, longest_prompt, other_columns, prompt_ids, tokenize_prompts
 from fourscore.errors import FourscoreError, RatioError, StoppedRun
 from fourscore.models import pass_graphs
-from fourscore.models.adapters import adapter_folder
+from fourscore.models.adapters import adapter_folder, trained_adapter
 from fourscore.models.average import MovingAverage
 from fourscore.models.checks import check_length, check_shipped_policy, check_stop_token, check_top_k
 from fourscore.models.forward import without_peft
 from fourscore.models.tokenizer import saved_tokenizer
 from fourscore.parallel import Parallel
-from fourscore.ppo.experience import Experience
+from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.ppo.first_ratio import ratio_bound, ratio_finding
 from fourscore.ppo.kl_control import adapted_kl_coef
 from fourscore.ppo.objective import mismatch_metrics, objective_metrics, value_metrics
@@ -101,7 +101,7 @@ class PPOTrainer:
             function is given and may return.
         reward_processing_class: tokenizer of a reward model that reads text; None: that of its checkpoint.
         checked: whether `preflight` has held prompts and completions against the positions that the models were made
-            for, and a resumed run's settings against those that it began with.
+            for, and a resumed run's settings against those that it had.
 
     Raises:
         FourscoreError: settings, models or data that do not fit together.
@@ -421,7 +421,7 @@ class PPOTrainer:
                 indices = mine[start : start + args.local_rollout_forward_batch_size]
                 e = self._rollout(self._prompt_ids(self.train_dataset, indices), keep_support=False)
                 rated = self._rated(e, self.train_dataset, indices)
-                totals += [s if a else math.nan for s, a in zip(rated.scores.tolist(), rated.applies, strict=True)]
+                totals += [s if a else math.nan for s, a in zip(rated.scores.tolist(), rated.whole, strict=True)]
         known = [s for s in parallel.gather(totals)[: args.center_scores] if not math.isnan(s)]
         self.scorer.offset = sum(known) / len(known) if known else 0.0
         logger.info(
@@ -456,7 +456,8 @@ class PPOTrainer:
             a row a prompt: `prompt`, `completion`, `score`; empty without an eval dataset.
         """
         if self.eval_dataset is None:
-            logger.warning("generate_completions: there is nothing to complete without an eval_dataset")
+            if not sampling:
+                logger.warning("generate_completions: there is nothing to complete without an eval_dataset")
             return []
         limit = self.args.per_device_eval_batch_size * self.parallel.world_size if sampling else None
         rows = self.complete_eval_prompts(0.0, limit=limit)
@@ -534,7 +535,7 @@ class PPOTrainer:
         """
         folder = Path(output_dir or self.args.output_dir)
         with checkpoint.disk_errors_named(folder):
-            self._checkpointed().save(folder, self._tokenizer_to_save(), self.parallel, combined=True)
+            self._checkpointed().save(folder, self._tokenizer_to_save(), self.parallel)
             if self.parallel.is_main:
                 updates = [row for row in self.state.log_history if "objective/scores" in row]
                 last = updates[-1] if updates else {}
@@ -651,7 +652,7 @@ class PPOTrainer:
     def _hand_over(self, folder: Path) -> Path:
         """Write the policy for a rollout engine, under PEFT as one adapter of the base; returns where that is."""
         with checkpoint.disk_errors_named(folder):
-            checkpoint.save_weights(self.model, folder, self.parallel, combined=True)
+            checkpoint.save_weights(self.model, folder, self.parallel)
         return adapter_folder(self.model, folder) if isinstance(self.model, PeftModel) else folder
 
     def _checkpointed(self) -> checkpoint.Training:
@@ -681,8 +682,10 @@ class PPOTrainer:
             self._save_checkpoint()
 
     def _sample_table(self, experience: Experience) -> None:
-        assert experience.scores is not None
-        scores = experience.scores.tolist()
+        e = experience
+        assert e.scores is not None
+        by_token = 0 if e.token_rewards is None else sum_per_sample(e.token_rewards, e.completion_lens)
+        scores = (e.scores + by_token).tolist()
         noted = [dict(zip(self._noted, values, strict=True)) for values in zip(*self._noted.values(), strict=True)]
         rows = [
             {"prompt": p, "completion": c, "score": s} | note
@@ -765,11 +768,21 @@ class PPOTrainer:
     def _card_info(self) -> dict[str, Any]:
         return {
             "base_model": self.model.config._name_or_path,
-            "adapter": hasattr(self.model, "peft_config"),
+            "adapter": isinstance(self.model, PeftModel),
+            "peft": self._adapter_settings(),
             "value_head": self.roles.value_head is not None,
             "rewards": [_told(reward) for reward in self.scorer.rewards if reward.name != "reward_model"],
             "dataset": next((c.dataset_name for c in self.run_config if hasattr(c, "dataset_name")), None),
         }
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        if not isinstance(self.model, PeftModel):
+            return {}
+        config = self.model.peft_config[trained_adapter(self.model)].to_dict()
+        known = {"r": "lora_r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}
+        settings = {shown: config[name] for name, shown in known.items() if config.get(name)}
+        bits = {f"load_in_{n}bit": True for n in (4, 8) if getattr(self.model, f"is_loaded_in_{n}bit", False)}
+        return settings | bits
 
     @staticmethod
     def _one(by_role: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Callable, Iterable
@@ -24,13 +25,15 @@ class Function:
 
     may_abstain = True
 
-    def __init__(self, function: Callable[..., Any], named: str = "reward_funcs") -> None:
+    def __init__(self, function: Callable[..., Any], named: str = "reward_funcs", kind: str = "reward") -> None:
         """Wrap a function.
 
         Args:
             function: called with keywords.
-            named: how messages call it: the flag and its value.
+            named: how messages call it before it is called: the flag and its value.
+            kind: what they call it later, before its name.
         """
+        self.kind = kind
         self.name = function_name(function)
         self._function = function
         self._named = named
@@ -79,17 +82,25 @@ class Function:
             arguments = {name: value for name, value in arguments.items() if name in parameters}
         try:
             return self._function(**arguments)
-        except Exception as error:
-            raise failure(self.name, error) from error
+        except (Exception, SystemExit) as error:
+            raise failure(f"{self.kind} {self.name!r}", error) from error
 
 
-def failure(name: str, error: Exception) -> RewardError:
-    """What is said of an exception in a reward: what it is, and in which line it was raised."""
+def failure(reward: str, error: BaseException) -> RewardError:
+    """What is said of an exception in a reward: what it is, and in which of its lines it came up."""
     if isinstance(error, RewardError):
         return error
+    frame = _own_frame(error)
+    where = "" if frame is None else f", in {frame.filename}, line {frame.lineno}"
+    return RewardError(f"{reward} failed: {type(error).__name__}: {error}{where}")
+
+
+def _own_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The last one that is in nobody's library; or else the last one."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f", in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
-    return RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}{where}")
+    libraries = *map(sysconfig.get_path, ("stdlib", "platlib", "purelib")), str(Path(__file__).parents[1])
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    return next(reversed(own or frames), None)
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -143,7 +154,7 @@ def _imported(place: str, named: str) -> types.ModuleType:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(place)
-    except Exception as error:  # a module runs whatever it likes
+    except (Exception, SystemExit) as error:  # a module runs whatever it likes
         raise _not_imported(named, place, error) from error
 
 
@@ -163,7 +174,7 @@ def _run_file(path: Path, named: str) -> types.ModuleType:
         sys.modules.setdefault(path.stem, module)
         try:
             exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-        except Exception as error:  # as above
+        except (Exception, SystemExit) as error:  # as above
             if sys.modules.get(path.stem) is module:
                 del sys.modules[path.stem]
             raise _not_imported(named, path.name, error) from error
@@ -171,9 +182,9 @@ def _run_file(path: Path, named: str) -> types.ModuleType:
     return _files[path]
 
 
-def _not_imported(named: str, place: str, error: Exception) -> FourscoreError:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f", in line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
-    if isinstance(error, ModuleNotFoundError):
+def _not_imported(named: str, place: str, error: BaseException) -> FourscoreError:
+    frame = _own_frame(error)
+    where = "" if frame is None else f", in line {frame.lineno} of {frame.filename}"
+    if isinstance(error, ModuleNotFoundError | SyntaxError):  # which say so themselves
         where = ""
     return FourscoreError(f"{named}: {place} cannot be imported ({type(error).__name__}: {error}{where})")

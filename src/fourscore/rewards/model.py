@@ -15,6 +15,7 @@ from fourscore.rewards.samples import Notes, Samples
 class TokenModel:
     """The reward model as a source of rewards, where it reads the policy's tokens."""
 
+    kind = "reward"
     is_async = may_abstain = False
 
     def __init__(self, score: Callable[[Experience], Tensor], name: str = "reward_model") -> None:

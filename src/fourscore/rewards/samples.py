@@ -4,12 +4,13 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fourscore.errors import RewardError
 from fourscore.ppo.experience import Experience
 
 
@@ -112,30 +113,77 @@ class Notes:
         state: transformers' trainer state.
         metrics: name -> values; their mean becomes a metric.
         columns: name -> one value a sample, for `samples.jsonl`.
+        owners: name of a column -> who began it.
+        reward: whose notes they are, as messages call it.
     """
 
     state: Any = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    reward: str = ""
+
+    def of(self, reward: str) -> "Notes":
+        """The same, to be written by one reward."""
+        return replace(self, reward=reward)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Note a number."""
-        self.metrics.setdefault(name, []).append(float(value))
+        """Note a number.
+
+        Raises:
+            RewardError: it is none, or the name is one of the run's own.
+        """
+        if name.startswith(_METRICS) or name in _LOGGED:
+            raise RewardError(f"{self.reward}: log_metric({name!r}, ...): the run logs under that name; give another")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RewardError(f"{self.reward}: log_metric({name!r}, {value!r}): that is no number") from None
+        self.metrics.setdefault(name, []).append(number)
 
     def log_extra(self, column: str, values: list[Any]) -> None:
-        """Note a value for each sample."""
+        """Note a value for each sample.
+
+        Raises:
+            RewardError: the name is one of the run's own.
+        """
+        if column in _COLUMNS:
+            raise RewardError(f"{self.reward}: log_extra({column!r}, ...): samples have that; give another name")
+        self.owners.setdefault(column, self.reward)
         self.columns.setdefault(column, []).extend(values)
+
+    def check(self, n: int) -> None:
+        """Hold columns against the number of samples.
+
+        Raises:
+            RewardError: one has another.
+        """
+        for name, values in self.columns.items():
+            if len(values) != n:
+                raise RewardError(
+                    f"{self.owners[name]}: log_extra({name!r}, ...) was given {len(values)} values for {n} samples"
+                )
+
+
+_METRICS = (
+    *("objective/", "policy/", "value/", "val/", "loss/"),
+    *("rewards/", "rollout/", "time/", "tokens/", "memory/", "eval/"),
+)
+_LOGGED = ("step", "episode", "epoch", "eps", "lr")
+_COLUMNS = ("step", "split", "prompt", "completion", "score")
 
 
 class Reward(Protocol):
     """One source of rewards.
 
     Attributes:
+        kind: what messages call it, before its name.
         name: under which it is logged.
         is_async: `rate` gives an awaitable.
         may_abstain: it may give None.
     """
 
+    kind: str
     name: str
     is_async: bool
     may_abstain: bool

@@ -28,7 +28,8 @@ class Rated:
         scores: `[n]` weighted sum of the rewards of whole samples, 0 where none applies.
         token_rewards: `[C]` weighted sum of the rewards of single tokens; None without any.
         totals: `[n]` both of them.
-        applies: `[n]` bool, at least one reward of the whole sample applies.
+        whole: `[n]` bool, at least one reward of the whole sample applies.
+        applies: `[n]` bool, at least one reward applies, to the sample or to its tokens.
         metrics: means over the samples of all processes.
         columns: what rewards have noted of each sample.
     """
@@ -36,6 +37,7 @@ class Rated:
     scores: Tensor
     token_rewards: Tensor | None
     totals: Tensor
+    whole: Tensor
     applies: Tensor
     metrics: dict[str, float]
     columns: dict[str, list[Any]]
@@ -106,8 +108,8 @@ class Scorer:
         ratings: list[Rating] = []
         try:
             given = self._ask(samples, notes)
-            ratings = [parse(r.name, each, samples) for r, each in zip(self.rewards, given, strict=True)]
-            _check_columns(notes, len(samples))
+            ratings = [parse(label(r), each, samples) for r, each in zip(self.rewards, given, strict=True)]
+            notes.check(len(samples))
         except RewardError as caught:
             error = caught
         # Nobody goes on to the next exchange between processes where another one has stopped.
@@ -116,22 +118,23 @@ class Scorer:
 
         e = samples.experience
         n, device = len(samples), e.input_ids.device
-        scores, applies = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.bool, device=device)
+        scores, whole = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.bool, device=device)
+        applies = whole
         tokens: Tensor | None = None
         for weight, rating in zip(self._weights, ratings, strict=True):
             scores = scores + weight * rating.scores
-            applies = applies | rating.whole
+            whole, applies = whole | rating.whole, applies | rating.applies
             if rating.tokens is not None:
                 tokens = weight * rating.tokens + (0 if tokens is None else tokens)
         any_tokens = self._parallel.max(float(tokens is not None)) > 0
         if any_tokens and tokens is None:
             tokens = torch.zeros(int(e.completion_lens.sum()), device=device)
-        if not self._abstained and (alone := int((~applies).sum())) and not any_tokens:
+        if not self._abstained and (alone := int((~applies).sum())):
             self._abstained = True
             logger.warning("no reward applies to %d of %d samples: their score is 0 before penalties", alone, n)
         totals = scores if tokens is None else scores + sum_per_sample(tokens, e.completion_lens)
         metrics = self._metrics(ratings, notes)
-        return Rated(scores, tokens, totals, applies, metrics, notes.columns)
+        return Rated(scores, tokens, totals, whole, applies, metrics, notes.columns)
 
     def shape(self, rated: Rated, experience: Experience) -> tuple[Tensor, dict[str, float]]:
         """The scores that PPO sees, `[n]`, and the numbers they were shaped with; every process calls it.
@@ -144,11 +147,11 @@ class Scorer:
             metrics["rewards/offset"] = offset
         std = 1.0
         if self._shaping.normalize:
-            self.moments = self.moments.with_scores(rated.scores[rated.applies], self._parallel.sum)
+            self.moments = self.moments.with_scores(rated.scores[rated.whole], self._parallel.sum)
             std = metrics["rewards/running_std"] = self.moments.std
         e = experience
         scores = shaped_scores(
-            rated.scores, rated.applies, e.completion_lens, e.has_eos, self._shaping, offset=offset, std=std
+            rated.scores, rated.whole, e.completion_lens, e.has_eos, self._shaping, offset=offset, std=std
         )
         return scores, metrics
 
@@ -169,7 +172,7 @@ class Scorer:
         # Those that only wait go first, and models are asked whatever functions do: other processes wait for them.
         for i in sorted(range(len(self.rewards)), key=lambda i: not self.rewards[i].is_async):
             try:
-                answer = self.rewards[i].rate(samples, notes)
+                answer = self.rewards[i].rate(samples, notes.of(label(self.rewards[i])))
                 if hasattr(answer, "__await__"):
                     pending[i] = self._loop.start(answer)
                 else:
@@ -179,8 +182,8 @@ class Scorer:
         for i, future in pending.items():
             try:
                 given[i] = future.result()
-            except Exception as error:
-                first = first or failure(self.rewards[i].name, error)
+            except (Exception, SystemExit) as error:
+                first = first or failure(label(self.rewards[i]), error)
         if first is not None:
             raise first
         return given
@@ -218,6 +221,11 @@ class Scorer:
         each = torch.tensor(self._parallel.gather([rows]), dtype=torch.float64)
         summed: list[list[float]] = each.sum(0).tolist()
         return summed
+
+
+def label(reward: Reward) -> str:
+    """How messages call it."""
+    return f"{reward.kind} {reward.name!r}"
 
 
 def check_weights(count: int, weights: Sequence[float] | None) -> None:
@@ -269,11 +277,11 @@ class Rating:
     totals: Tensor
 
 
-def parse(name: str, given: Any, samples: Samples) -> Rating:
+def parse(reward: str, given: Any, samples: Samples) -> Rating:
     """Check and take apart what a reward gave.
 
     Args:
-        name: of the reward.
+        reward: how messages call it.
         given: an entry a sample: a number, a number for each completion token, or None.
         samples: that it is about.
 
@@ -281,15 +289,15 @@ def parse(name: str, given: Any, samples: Samples) -> Rating:
         RewardError: it is something else; with the sample's text.
     """
     n, device = len(samples), samples.experience.input_ids.device
-    if isinstance(given, Tensor) and given.shape == (n,) and given.is_floating_point() and given.isfinite().all():
+    if isinstance(given, Tensor) and given.shape == (n,) and given.is_floating_point() and _fit(given):
         scores, everywhere = given.to(device), torch.ones(n, dtype=torch.bool, device=device)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return Rating(scores, everywhere, everywhere, None, scores)
     given = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(given, list | tuple):
-        raise RewardError(f"reward {name!r} gave a {type(given).__name__}: it must give a list, one entry a sample")
+        raise RewardError(f"{reward} gave a {type(given).__name__}: it must give a list, one entry a sample")
     if len(given) != n:
-        raise RewardError(f"reward {name!r} gave {len(given)} rewards for {n} samples: it must give one for each")
+        raise RewardError(f"{reward} gave {len(given)} rewards for {n} samples: it must give one for each")
     lens = samples.experience.completion_lens.tolist()
     whole_scores, whole, applies, tokens = [0.0] * n, [False] * n, [False] * n, {}
     for i, entry in enumerate(given):
@@ -300,10 +308,12 @@ def parse(name: str, given: Any, samples: Samples) -> Rating:
         if isinstance(entry, list | tuple):
             length = lens[i]
             if len(entry) != length:
-                _refuse(name, f"{len(entry)} token rewards for a completion of {length} tokens", samples, i)
-            tokens[i] = [_number(name, value, samples, i, f"{value!r} for token {t}") for t, value in enumerate(entry)]
+                _refuse(reward, f"{len(entry)} token rewards for a completion of {length} tokens", samples, i)
+            tokens[i] = [
+                _number(reward, value, samples, i, f"{value!r} for token {t}") for t, value in enumerate(entry)
+            ]
         else:
-            whole_scores[i], whole[i] = _number(name, entry, samples, i, repr(entry)), True
+            whole_scores[i], whole[i] = _number(reward, entry, samples, i, repr(entry)), True
     totals = [sum(tokens[i]) if i in tokens else whole_scores[i] for i in range(n)]
     flat: Tensor | None = None
     if tokens:
@@ -317,23 +327,27 @@ def parse(name: str, given: Any, samples: Samples) -> Rating:
     )
 
 
-def _number(name: str, value: Any, samples: Samples, i: int, shown: str) -> float:
+def _fit(numbers: Tensor) -> bool:
+    """Whether all are finite, in the fp32 that training computes in as well."""
+    return bool(numbers.float().isfinite().all())
+
+
+def _number(reward: str, value: Any, samples: Samples, i: int, shown: str) -> float:
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, Real):
-        _refuse(name, f"{shown[:80]}, which is no number", samples, i)
+        _refuse(reward, f"{shown[:80]}, which is no number", samples, i)
     if not math.isfinite(value):
-        _refuse(name, f"{shown}, which is not finite", samples, i)
+        _refuse(reward, f"{shown}, which is not finite", samples, i)
+    if not abs(value) <= _LARGEST:
+        _refuse(reward, f"{shown[:80]}, which is more than fp32 holds", samples, i)
     return float(value)
 
 
-def _refuse(name: str, what: str, samples: Samples, i: int) -> None:
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _refuse(reward: str, what: str, samples: Samples, i: int) -> None:
     text = " ".join(samples.texts[i].split())
     shown = text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
-    raise RewardError(f"reward {name!r} gave {what}, for the sample {shown!r}")
-
-
-def _check_columns(notes: Notes, n: int) -> None:
-    for name, values in notes.columns.items():
-        if len(values) != n:
-            raise RewardError(f"log_extra({name!r}, ...) was given {len(values)} values for {n} samples")
+    raise RewardError(f"{reward} gave {what}, for the sample {shown!r}")

@@ -5,6 +5,7 @@ Each process asks for its own samples, in batches, several at a time; urllib3 ke
 
 import asyncio
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +24,7 @@ _LABELS = ("label", "labels")
 class Server:
     """A server as a source of rewards."""
 
+    kind = "reward"
     is_async = may_abstain = True
 
     def __init__(self, url: str, *, timeout: float, retries: int, concurrency: int, batch_size: int) -> None:
@@ -76,7 +78,8 @@ class Server:
             raise self._error(f"no answer in {self._tries} tries ({reason})") from error
         if response.status != 200:
             text = " ".join(response.data.decode("utf-8", "replace").split())[:200]
-            raise self._error(f"it answered with status {response.status} ({text})")
+            tries = f" in {self._tries} tries" if response.status in _WORTH_REPEATING else ""
+            raise self._error(f"it answered with status {response.status}{tries} ({text})")
         try:
             answer = json.loads(response.data)
         except ValueError as error:
@@ -121,26 +124,26 @@ def _taken_apart(answer: Any) -> tuple[Any, dict[str, list[float]]]:
     if not isinstance(answer, dict):
         return None, {}
     extra = answer.get("extra_logs")
-    numbers = {
-        str(name): values
-        for name, values in (extra.items() if isinstance(extra, dict) else ())
-        if isinstance(values, list) and values and all(isinstance(value, int | float) for value in values)
-    }
+    logs = extra.items() if isinstance(extra, dict) else ()
+    lists = {str(name): values if isinstance(values, list) else [values] for name, values in logs}
+    numbers = {k: v for k, v in lists.items() if v and all(isinstance(value, int | float) for value in v)}
     return next((answer[key] for key in ("rewards", "reward", "scores") if key in answer), None), numbers
 
 
 def check_server(url: str, timeout: float) -> None:
-    """One quick request, to see that somebody listens; any answer will do.
+    """Connect once, to see that somebody listens; nothing is asked.
 
     Args:
         url: of a server.
         timeout: seconds, of which no more than a few are used.
 
     Raises:
-        FourscoreError: nobody answers.
+        FourscoreError: nobody listens.
     """
     try:
-        urllib3.request("HEAD", url, timeout=min(_CONNECT_S, timeout), retries=False)
-    except urllib3.exceptions.HTTPError as error:
+        place = parse_url(url)
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection(((place.host or "").strip("[]"), port), min(_CONNECT_S, timeout)).close()
+    except (OSError, urllib3.exceptions.HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FourscoreError(f"--reward_url {url}: nobody answers there ({reason}); start the server first") from error

@@ -23,6 +23,7 @@ _NO_LIMIT = 10**9
 class TextModel:
     """A sequence classifier with one label as a source of rewards, on text that its own tokenizer reads."""
 
+    kind = "reward"
     is_async = may_abstain = False
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, name: str = "reward_model") -> None:

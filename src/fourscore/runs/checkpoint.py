@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator
@@ -26,8 +27,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fourscore.errors import FourscoreError
-from fourscore.models.adapters import adapter_folder, frozen_adapters, trained_adapter, write_combined_adapter
+from fourscore.models.adapters import (
+    adapter_folder,
+    can_be_one,
+    frozen_adapters,
+    trained_adapter,
+    write_combined_adapter,
+)
 from fourscore.models.average import MovingAverage
+from fourscore.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fourscore.parallel import Parallel
 from fourscore.runs import directory
 
@@ -38,6 +46,8 @@ HEAD = "score.safetensors"
 """A value head on the policy's backbone, which is all that its value model has of its own."""
 AVERAGE = "policy_ema"
 """Folder of the moving average of the policy's weights."""
+TRAINED = "trained_adapter"
+"""Folder of the adapter that trains, where what lies above it holds a frozen one, too."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +72,15 @@ class Training:
         """Where each role's weights are: the policy's at the root, as in a run directory."""
         return {"policy": root, "value": root / "value_model"}
 
-    def save(self, root: Path, tokenizer: Any, parallel: Parallel, *, combined: bool = False) -> None:
+    def save(self, root: Path, tokenizer: Any, parallel: Parallel, *, resumable: bool = False) -> None:
         """Write the weights of each role into its folder, and the average and the tokenizer. Every process calls it."""
         folders = self.folders(root)
         for name, place in folders.items():
-            save_weights(self.models[name], place, parallel, combined=combined)
+            save_weights(self.models[name], place, parallel, resumable=resumable)
         with_tokenizer = [folders["policy"]]
         if self.average is not None:
             with self.average.in_place():
-                save_weights(self.models["policy"], root / AVERAGE, parallel, combined=combined)
+                save_weights(self.models["policy"], root / AVERAGE, parallel, resumable=resumable)
             with_tokenizer.append(root / AVERAGE)
         if parallel.is_main:
             for place in with_tokenizer:
@@ -110,7 +120,7 @@ def save(
     optimizers = {} if weights_only else optimizer_states(training.models, training.optimizers, parallel)
     rng = parallel.gather([rng_state()])
     with written_whole(folder, parallel) as draft:
-        training.save(draft, tokenizer, parallel)
+        training.save(draft, tokenizer, parallel, resumable=not weights_only)
         if parallel.is_main:
             state.save_to_json(str(draft / STATE))
             if not weights_only:
@@ -126,12 +136,23 @@ def check_resumable(folder: Path) -> None:
     Raises:
         FourscoreError: names what is missing.
     """
-    for name in (STATE, OPTIMIZERS, RNG):
-        if not (folder / name).is_file():
-            raise FourscoreError(
-                f"--resume_from_checkpoint {folder}: {name} is missing, so it cannot be resumed (a run with "
-                "--save_only_model keeps weights only; pass them as --sft_model_path and --reward_model_path)."
-            )
+    lacking = _lacking(folder)
+    if lacking is not None:
+        others = resumable(folder.parent)
+        way_out = f"{others[-1]} is whole" if others else "weights alone can be passed as --sft_model_path"
+        raise FourscoreError(
+            f"--resume_from_checkpoint {folder}: {lacking} is missing, so it cannot be resumed (--save_only_model "
+            f"leaves it out); {way_out}"
+        )
+
+
+def resumable(run: str | Path) -> list[Path]:
+    """The checkpoints in a run directory that have all that resuming needs, the earliest first."""
+    return [found for found in directory.checkpoints(Path(run)) if _lacking(found) is None]
+
+
+def _lacking(folder: Path) -> str | None:
+    return next((name for name in (STATE, OPTIMIZERS, RNG) if not (folder / name).is_file()), None)
 
 
 def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]:
@@ -144,6 +165,32 @@ def load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]
         FourscoreError: it lacks what resuming needs, or was written by another number of processes.
     """
     check_resumable(folder)
+    with _damage_named(folder):
+        return _load(folder, training, parallel)
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Turn what files that are cut off or overwritten raise into one clear line.
+
+    Raises:
+        FourscoreError: a file in `folder` is damaged.
+    """
+    try:
+        yield
+    except FourscoreError:
+        raise
+    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        others = [other for other in resumable(folder.parent) if other.name != folder.name]
+        way_out = f"try {others[-1]}" if others else "there is no other beside it"
+        raise FourscoreError(
+            f"--resume_from_checkpoint {folder}: cannot be read ({type(error).__name__}: {reason}), a file is damaged "
+            f"or not of these models; {way_out}"
+        ) from error
+
+
+def _load(folder: Path, training: Training, parallel: Parallel) -> dict[str, Any]:
     rng = torch.load(folder / RNG, weights_only=True, map_location="cpu")
     if len(rng) != parallel.world_size:
         raise FourscoreError(
@@ -210,16 +257,17 @@ def written_whole(path: Path, parallel: Parallel) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool = False) -> None:
+def save_weights(model: Any, folder: Path, parallel: Parallel, *, resumable: bool = False) -> None:
     """Write a role as `from_pretrained` reads it: whole weights, or the adapter under PEFT; of a mere head, a file.
 
-    Every process calls it; only the main one writes.
+    Where it trains on top of a frozen adapter, both are written as one, or else each into its folder. Every process
+    calls it; only the main one writes.
 
     Args:
         model: the role.
         folder: to write into.
         parallel: the processes.
-        combined: where it trains on top of a frozen adapter, write both as one; else each goes into its folder.
+        resumable: write the adapter that trains by itself as well, if it is in one with another.
     """
     if isinstance(model, nn.Linear):
         if parallel.is_main:
@@ -232,8 +280,17 @@ def save_weights(model: Any, folder: Path, parallel: Parallel, *, combined: bool
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if parallel.is_main:
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-        if combined and isinstance(model, PeftModel) and frozen_adapters(model):
-            write_combined_adapter(model, folder)
+        if isinstance(model, PeftModel):
+            (folder / directory.CARD).unlink(missing_ok=True)  # PEFT's form, which nobody has filled in
+        if isinstance(model, PeftModel) and (frozen := frozen_adapters(model)):
+            if can_be_one(model):
+                if resumable:
+                    (folder / TRAINED).mkdir()
+                    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                        shutil.copy2(adapter_folder(model, folder) / name, folder / TRAINED)
+                write_combined_adapter(model, folder)
+            elif not resumable:
+                logger.warning("%s holds two adapters: load %s first, and the other on top", folder, ", ".join(frozen))
     parallel.barrier()
 
 
@@ -244,7 +301,8 @@ def load_weights(model: Any, folder: Path, parallel: Parallel) -> None:
         return
     if isinstance(model, PeftModel):
         adapter = trained_adapter(model)
-        saved = load_peft_weights(str(adapter_folder(model, folder)), device="cpu")
+        alone = folder / TRAINED
+        saved = load_peft_weights(str(alone if alone.is_dir() else adapter_folder(model, folder)), device="cpu")
         if not parallel.sharded:
             set_peft_model_state_dict(model, saved, adapter_name=adapter)
             return

@@ -120,7 +120,7 @@ def check(path: str | Path, resume: str | Path | bool | None) -> None:
 
 
 def check_settings(checkpoint: str | Path, *configs: Any) -> str | None:
-    """Hold the settings with which a run goes on from a checkpoint against those it began with.
+    """Hold the settings with which a run goes on from a checkpoint against those it had.
 
     Logging, saving, the length of the run and how things are computed may change.
 
@@ -155,7 +155,7 @@ def check_settings(checkpoint: str | Path, *configs: Any) -> str | None:
     if not changed:
         return None
     said = ", ".join(f"--{name} {now.get(name)} (was {began.get(name)})" for name in names if name in changed)
-    return f"the run in {run} goes on with other settings than it began with: {said}"
+    return f"the run in {run} goes on with other settings than before: {said}"
 
 
 def _counts(name: str) -> bool:

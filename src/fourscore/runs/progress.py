@@ -27,10 +27,11 @@ class PPOProgress(TrainerCallback):
     It goes to stderr, from the main process only. Meanwhile transformers shows no bars of its own, of which each
     checkpoint would leave some behind.
 
-    The score and the KL are `objective/scores` and `objective/kl` of the last logged update. The speed counts prompt
-    and completion tokens over all of the update's seconds, training included: (`tokens/prompt` + `tokens/completion`)
-    / `time/total_s`. The time left is that of the remaining updates at the mean wall-clock time of those done since the
-    process started, evaluation and saving included. `eval/scores` and `eval/kl` of an evaluation get their own line.
+    The score and the KL are `objective/scores`, with `objective/token_rewards` where there are any, and `objective/kl`
+    of the last logged update. The speed counts prompt and completion tokens over all of the update's seconds, training
+    included: (`tokens/prompt` + `tokens/completion`) / `time/total_s`. The time left is that of the remaining updates
+    at the mean wall-clock time of those done since the process started, evaluation and saving included. `eval/scores`
+    and `eval/kl` of an evaluation get their own line.
     """
 
     def __init__(self, console: Console | None = None):
@@ -171,7 +172,7 @@ class _TimeColumn(ProgressColumn):
 
 
 def _facts(logs: Mapping[str, Any], group: str) -> str:
-    parts = [f"score {_short(logs[f'{group}/scores'])}"]
+    parts = [f"score {_short(logs[f'{group}/scores'] + logs.get(f'{group}/token_rewards', 0))}"]
     if f"{group}/kl" in logs:
         parts.append(f"kl {_short(logs[f'{group}/kl'])}")
     seconds = logs.get("time/total_s")
