@@ -236,9 +236,10 @@ ROWS = {
     "Flags and their values": [
         row(
             "flags that do not exist",
-            "--max_step 3 --learningrate 1e-5",
+            "--max_step 3 --learningrate 1e-5 -lr 2",
             "there is no flag --max_step: did you mean --max_steps?",
             "there is no flag --learningrate: did you mean --learning_rate?",
+            "there is no flag -lr",
         ),
         row(
             "flags of other trainers",
@@ -247,13 +248,19 @@ ROWS = {
             "there is no flag --use_vllm: here that is --rollout_engine vllm",
             "there is no flag --max_new_tokens: here that is --response_length",
         ),
-        row("a word without a flag", "prompts.jsonl", "'prompts.jsonl' belongs to no flag; see fourscore ppo --help"),
+        row(
+            "a word without a flag",
+            "prompts.jsonl --kl_coeff 1",
+            "'prompts.jsonl' belongs to no flag; see fourscore ppo --help",
+            "there is no flag --kl_coeff: did you mean --kl_coef?",
+        ),
         row("text for a number", "--response_length long", "--response_length: invalid int value: 'long'"),
         row(
             "something of everything",
-            "--response_length long --top_k --kl_coeff 1 --gamma 2",
+            "--response_length long --top_k --kl_coeff 1 --gamma 2 --min_response_length 60 --temperature -1e",
             "--response_length: invalid int value: 'long'",
             "--top_k: expected one argument",
+            "--temperature: expected one argument",
             "there is no flag --kl_coeff: did you mean --kl_coef?",
             "--gamma 2.0: must be from 0 to 1",
         ),

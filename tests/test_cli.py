@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from fourscore import __version__, cli, demo
+from fourscore import __version__, cli, demo, flags
 from fourscore.config import ModelConfig, PPOConfig, ScriptArguments
 from fourscore.config_fields import FIELDS
 from fourscore.errors import FourscoreError
@@ -115,6 +116,7 @@ def test_top_level(capsys):
         (["--zzzzzzzz", "3"], "there is no flag --zzzzzzzz"),
         (["--torch-dtype=bfloat16"], "there is no flag --torch-dtype: here that is --dtype"),
         (["--fp61"], "there is no flag --fp61"),
+        (["--resume_from_checkpoint="], "--resume_from_checkpoint: is empty; give a checkpoint or true, or leave"),
         (["prompts.jsonl"], "'prompts.jsonl' belongs to no flag"),
         (["--response_length", "long"], "error: --response_length: invalid int value: 'long'"),
         (["--kl_estimator", "k2"], "error: --kl_estimator: invalid choice: 'k2'"),
@@ -127,6 +129,13 @@ def test_top_level(capsys):
 )
 def test_bad_flags(flags, message, capsys):
     assert message in failure(["ppo", *MODELS, *flags], capsys)
+
+
+def test_flags_of_other_trainers_lead_to_flags_that_there_are():
+    known = {word for action in flags._build_parser()._actions for word in action.option_strings}
+    for word, here in flags.ELSEWHERE.items():
+        assert f"--{word}" not in known
+        assert (named := set(re.findall(r"--\w+", here))) and named <= known, here
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,7 @@ def test_config_file_and_flags(config):
         ("use_peft: maybe", "use_peft: 'maybe' is not true or false"),
         ("kl_estimator: k2", "kl_estimator: 'k2' is not one of k1, k3"),
         ("gamma: [1, 2]", "gamma takes one value, not a list"),
+        ("gamma: {a: 1}", "gamma takes one value, not a mapping"),
         ("gamma:", "gamma has no value"),
         ("fp16: true", "--fp16 True"),
         ("batch_size: 12", "--batch_size 12: It is computed"),

@@ -106,13 +106,13 @@ def test_the_answers_of_openrlhf_and_its_kin(answer: Any) -> None:
 def test_token_rewards_none_and_extra_logs() -> None:
     def answer(body):
         rewards = [[1.0] * len(ids) if len(ids) > 1 else None for ids in body["completion_ids"]]
-        return {"rewards": rewards, "extra_logs": {"hits": [1, 2, 3], "load": 0.5, "host": "a", "none": []}}
+        return {"rewards": rewards, "extra_logs": {"hits": [1, 2, 3], "load": 0.5, "host": "a", "none": [], "lr": 1}}
 
     with serving(answer) as (url, _):
         rated = ask(url, batch_size=3)
     assert rated.token_rewards.tolist() == [1, 1, 0, 1, 1, 1]
     assert rated.metrics["hits"] == 2 and rated.metrics["load"] == 0.5
-    assert not {"host", "none"} & rated.metrics.keys()
+    assert not {"host", "none", "lr"} & rated.metrics.keys()
     assert rated.metrics[f"rewards/{url.split('/')[2]}/share"] == pytest.approx(2 / 3)
 
 
@@ -180,6 +180,8 @@ def test_a_server_that_is_too_slow_or_dead() -> None:
         ask(dead, retries=0)
     with pytest.raises(FourscoreError, match=f"--reward_url {dead}: nobody answers there .*start the server first"):
         check_server(dead, 60)
+    with pytest.raises(FourscoreError, match="nobody answers there"):
+        check_server("http://a..b:80", 60)
     with serving(lengths) as (url, requests):
         check_server(url, 60)
         assert not requests

@@ -283,6 +283,10 @@ def ends(completions):
     ):
         with pytest.raises(RewardError, match=f"^reward '{name}' failed: {said}"):
             scorer(load_function(f"{tmp_path}/deep.py:{name}")).rate(samples())
+    (tmp_path / "later.py").write_text("import sys\nasync def ends(completions):\n    sys.exit(4)\n")
+    for _ in range(2):  # the loop goes on
+        with pytest.raises(RewardError, match=r"^reward 'ends' failed: .*SystemExit: 4, in .*later.py, line 3$"):
+            scorer(load_function(f"{tmp_path}/later.py:ends")).rate(samples())
     (tmp_path / "typo.py").write_text("def f(\n")
     with pytest.raises(FourscoreError, match=r"cannot be imported \(SyntaxError: .*\(typo.py, line 1\)\)$"):
         load_function(f"{tmp_path}/typo.py:f")

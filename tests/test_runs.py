@@ -236,12 +236,17 @@ def test_settings_that_a_run_goes_on_with(tmp_path: Path, monkeypatch: pytest.Mo
         f"the run in {at.parent} goes on with other settings than before: --dataset_name b.jsonl (was a.jsonl), "
         "--seed 1 (was 42), --missing_eos_penalty 1.0 (was None), --kl_coef 0.2 (was 0.05), --lora_r 8 (was 16)"
     )
+    changed = directory.check_settings(at, *settings(value_model_path="a/b"))
+    assert changed is not None and changed.endswith("before: --value_model_path a/b (was None)")  # read at first alone
     with pytest.raises(FourscoreError) as error:
         directory.check_settings(at, *settings(sft_model_path="other", reward_model_path="a/c"))
     first, second = error.value.lines
     assert first.startswith(f"--sft_model_path other: the run in {at.parent} began with sft, and would go on with")
     assert second.startswith("--reward_model_path a/c: ") and second.endswith(f"into {at.parent / 'config.yaml'}")
 
+    directory.write_config(at.parent / "config.yaml", settings()[1])  # as a script's, which gives no ModelConfig
+    script, args, lora = settings(r=8)
+    assert directory.check_settings(at, dataclasses.replace(script, dataset_name=None), args, lora) is None
     (at.parent / "config.yaml").unlink()
     assert directory.check_settings(at, *settings(sft_model_path="other")) is None
 

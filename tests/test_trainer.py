@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, demo, get_peft_config, load_models
+from fourscore.models.checks import check_shipped_policy
 from fourscore.parallel import Parallel
 from fourscore.ppo.scoring import logprobs_of
 
@@ -129,10 +130,17 @@ def test_the_shipped_policy_with_another_tokenizer(tmp_path: Path) -> None:
     policy = AutoModelForCausalLM.from_pretrained(demo.POLICY)
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(FourscoreError, match=rf"--sft_model_path was not given.*{tmp_path}: name your SFT"):
+    with pytest.raises(FourscoreError, match=rf"^--sft_model_path: without it .*{tmp_path}; name your SFT"):
         trainer_on(config(tmp_path / "run"), model=policy, processing_class=tokenizer)
-    with pytest.raises(FourscoreError, match=rf"--sft_model_path was not given.*{tmp_path}: name your SFT"):
+    with pytest.raises(FourscoreError, match=rf"^--sft_model_path: without it .*{tmp_path}; name your SFT"):
         load_models(ModelConfig(model_name_or_path=str(tmp_path)), config(tmp_path / "run"))
+
+
+def test_the_shipped_policy_with_its_tokenizer_from_another_place(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo.POLICY)
+    tokenizer.add_special_tokens({"pad_token": "[MY PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    check_shipped_policy(str(demo.POLICY), AutoTokenizer.from_pretrained(tmp_path))
 
 
 def test_completions_of_no_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

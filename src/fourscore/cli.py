@@ -287,6 +287,8 @@ def _may_start(plan: "Plan", training_args: "PPOConfig", model_args: "ModelConfi
 
 def _resume(flag: str | None) -> str | bool | None:
     """What `--resume_from_checkpoint` says: a folder, True (the last checkpoint) or None."""
+    if flag == "":
+        raise FourscoreError("--resume_from_checkpoint: is empty; give a checkpoint or true, or leave it out")
     if flag is None or str(flag).lower() in ("false", "no", "0"):
         return None
     return True if str(flag).lower() in ("true", "yes", "1") else flag

@@ -216,7 +216,7 @@ def parse_ppo(
     """
     parser = _build_parser()
     findings = Findings()
-    given, unknown = _parsed(parser, argv, findings)
+    given, unknown, wrong = _parsed(parser, argv, findings)
     _note_unknown(unknown, parser, own, findings)
 
     starting_points = ["model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name"]
@@ -229,27 +229,31 @@ def parse_ppo(
     if given.config is not None:
         with findings.collect():
             parser.set_defaults(**_read_config(Path(given.config), parser, findings))
-            given, _ = _parsed(parser, argv, findings)
+            given, *_ = _parsed(parser, argv, findings)
     if not findings.errors:  # what is missing may be what was mistyped
         with findings.collect():
             _check_together(given, trains)
     configs: list[Any] = []
+    of_values = Findings()
     for dataclass_type in parser.dataclass_types:
         values = {field.name: getattr(given, field.name) for field in fields(dataclass_type) if field.init}
-        with findings.collect():
+        with of_values.collect():
             try:
                 configs.append(dataclass_type(**values))
             except FourscoreError:
                 raise
             except (ValueError, OSError) as error:  # what transformers.TrainingArguments raises for bad values
                 raise FourscoreError(str(error)) from error
+    for line in of_values.errors:
+        if not any(f"--{name} " in line for name in wrong):  # of which the default was taken
+            findings.error(line)
     findings.raise_errors()
     script_args, training_args, model_args = configs
     return script_args, training_args, model_args
 
 
-def _parsed(parser: Any, argv: list[str], findings: Findings) -> tuple[argparse.Namespace, list[str]]:
-    """The flags that there are, and words that are none; those whose values do not fit keep their defaults."""
+def _parsed(parser: Any, argv: list[str], findings: Findings) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The flags that there are, words that are none, and flags whose values do not fit, which keep their defaults."""
     wrong: dict[argparse.Action, tuple[Any, Any, Any]] = {}
     while True:
         try:
@@ -266,7 +270,7 @@ def _parsed(parser: Any, argv: list[str], findings: Findings) -> tuple[argparse.
     for action, (kind, choices, count) in wrong.items():
         action.type, action.choices, action.nargs = kind, choices, count
         setattr(given, action.dest, action.default)
-    return given, unknown
+    return given, unknown, [action.dest for action in wrong]
 
 
 def _without_spellings(message: str) -> str:
@@ -274,15 +278,14 @@ def _without_spellings(message: str) -> str:
 
 
 def _note_unknown(unknown: list[str], parser: Any, own: Iterable[str], findings: Findings) -> None:
-    if not unknown:
-        return
-    if not unknown[0].startswith("-"):
+    if unknown and not unknown[0].startswith("-"):
         findings.error(f"{unknown[0]!r} belongs to no flag; see fourscore ppo --help")
-        return
     flags = [flag for action in parser._actions if action.dest not in _REFUSED for flag in action.option_strings]
     flags += [f"--{name}" for name in own]
-    for word in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
-        findings.error(f"there is no flag {word}{_meant(word, flags)}")
+    for word in unknown:
+        if re.match(r"-\D", word):  # not the value of one, and no negative number
+            name = word.split("=")[0]
+            findings.error(f"there is no flag {name}{_meant(name, flags)}")
 
 
 def _meant(word: str, flags: Iterable[str]) -> str:
@@ -409,7 +412,11 @@ def _convert(action: argparse.Action, value: Any, path: Path) -> Any:
     """One value of a configuration file, as argparse would make it of its text."""
     if value is None and action.default is not None and action.dest not in ("stop_token", "dtype"):
         raise FourscoreError(f"--config {path}: {action.dest} has no value")
-    if value is None or isinstance(value, dict):
+    if value is None:
+        return value
+    if isinstance(value, dict):
+        if not action.dest.endswith(("_kwargs", "_config")) and action.dest != "deepspeed":
+            raise FourscoreError(f"--config {path}: {action.dest} takes one value, not a mapping")
         return value
     if isinstance(value, list):
         if action.nargs != "+" and action.dest != "report_to":

@@ -272,7 +272,7 @@ def _rank(config: Any) -> int:
     return int(max([config.r, *config.rank_pattern.values()]))
 
 
-def write_combined_adapter(model: PeftModel, folder: Path) -> None:
+def write_combined_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Makes one LoRA of the frozen adapters and the trained one in a folder that `save_pretrained` has written.
 
     `B1 A1 + B2 A2` is `[B1 B2] [A1; A2]`, so the sum is a LoRA of their joint rank, exactly, and `from_pretrained` on
@@ -281,6 +281,7 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
     Args:
         model: whose adapters these are; they `can_be_one`.
         folder: holds the trained adapter, and each frozen one in a folder of its name.
+        state: all of the model's weights, where it is sharded.
     """
     frozen, trained = frozen_adapters(model), trained_adapter(model)
     places = {name: folder / name for name in frozen} | {trained: adapter_folder(model, folder)}
@@ -297,7 +298,8 @@ def write_combined_adapter(model: PeftModel, folder: Path) -> None:
             pieces.setdefault(f"{module}.lora_{part}", {})[adapter] = tensor * scaling if _is_up(part) else tensor
     own = dict(model.get_base_model().named_parameters(remove_duplicate=False))
     for name in set(getattr(model, _SAVED, ())) & own.keys():  # but for a head that trains by now
-        whole.setdefault(f"base_model.model.{name}", own[name].detach().cpu().contiguous())
+        key = f"base_model.model.{name}"
+        whole.setdefault(key, (own[name] if state is None else state[key]).detach().cpu().contiguous())
     ranks = {name: _rank(config) for name, config in configs.items()}
     joint = {key: _concatenated(key, parts, ranks) for key, parts in pieces.items()}
     config: Any = copy.deepcopy(configs[trained])

@@ -116,12 +116,9 @@ def inspect_models(
     adapter = None if sft is None else sft.adapter
     if sft is not None and adapter is not None and Path(adapter.path, SFT_ADAPTER, ADAPTER_CONFIG).is_file():
         findings.error(
-            f"{sft.named}: was trained on top of the adapter in its folder {SFT_ADAPTER}, with which it cannot be one; "
-            "merge both into their base, and give that"
+            f"{sft.named}: was trained on top of the adapter in its folder {SFT_ADAPTER}; merge both into their base, "
+            "and give that"
         )
-    if model_args.model_name_or_path is not None:
-        with findings.collect():
-            check_shipped_policy(str(training_args.sft_model_path), model_args.model_name_or_path)
     tokenizer = None
     source = model_args.model_name_or_path or (None if sft is None else tokenizer_place(sft))
     if source is not None:
@@ -136,6 +133,8 @@ def inspect_models(
             skeletons["policy"] = build_skeleton(sft, AutoModelForCausalLM, model_args)
             check_adapter_fits(sft, skeletons["policy"])
     if sft is not None and tokenizer is not None:
+        with findings.collect():
+            check_shipped_policy(str(training_args.sft_model_path), tokenizer)
         with findings.collect():
             check_stop_token(training_args, tokenizer, sft.embedding_rows)
         with findings.collect():
@@ -631,18 +630,21 @@ def tokenizer_place(sft: Checkpoint) -> str:
     return sft.given if brings else sft.path
 
 
-def check_shipped_policy(policy: str, tokenizer: str) -> None:
-    """Refuse the policy that ships with fourscore, the default, with a tokenizer from another place.
+def check_shipped_policy(policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse the policy that ships with fourscore, the default, with another tokenizer than its own.
 
     Args:
-        policy: where it is from.
-        tokenizer: where its tokenizer is from.
+        policy: where the policy, or the base of its adapter, is from.
+        tokenizer: that it is given.
     """
-    places = [os.path.realpath(place) for place in (policy, tokenizer)]
-    if places[0] == os.path.realpath(demo.POLICY) and places[1] != places[0]:
+    shipped, place = os.path.realpath(demo.POLICY), getattr(tokenizer, "name_or_path", "")
+    if os.path.realpath(policy) != shipped or not place or os.path.realpath(place) == shipped:
+        return
+    vocabulary = tokenizer.get_vocab()
+    if any(vocabulary.get(token) != number for token, number in load_tokenizer(str(demo.POLICY)).get_vocab().items()):
         raise FourscoreError(
-            f"--sft_model_path was not given, and the policy that ships with fourscore has another tokenizer than "
-            f"{tokenizer}: name your SFT checkpoint"
+            "--sft_model_path: without it the policy is the one that ships with fourscore, and its tokenizer is not "
+            f"that of {place}; name your SFT checkpoint"
         )
 
 

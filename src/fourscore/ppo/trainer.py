@@ -140,8 +140,7 @@ class PPOTrainer:
         for name, given in models.items():
             if not isinstance(given, torch.nn.Module) and (given is not None or name == "model"):
                 raise FourscoreError(f"{name} {given!r}: must be a loaded model; fourscore.load_models loads all roles")
-        if place := getattr(processing_class, "name_or_path", ""):
-            check_shipped_policy(getattr(model, "name_or_path", ""), place)
+        check_shipped_policy(getattr(model, "name_or_path", ""), processing_class)
         self.args = args
         self.processing_class = processing_class
         self._checked = checked

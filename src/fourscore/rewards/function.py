@@ -99,7 +99,7 @@ def _own_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The last one that is in nobody's library; or else the last one."""
     frames = traceback.extract_tb(error.__traceback__)
     libraries = *map(sysconfig.get_path, ("stdlib", "platlib", "purelib")), str(Path(__file__).parents[1])
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    own = [f for f in frames if not f.filename.startswith(("<", *(f"{folder}{os.sep}" for folder in libraries)))]
     return next(reversed(own or frames), None)
 
 

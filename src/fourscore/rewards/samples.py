@@ -133,7 +133,7 @@ class Notes:
         Raises:
             RewardError: it is none, or the name is one of the run's own.
         """
-        if name.startswith(_METRICS) or name in _LOGGED:
+        if is_the_runs(name):
             raise RewardError(f"{self.reward}: log_metric({name!r}, ...): the run logs under that name; give another")
         try:
             number = float(value)
@@ -163,6 +163,11 @@ class Notes:
                 raise RewardError(
                     f"{self.owners[name]}: log_extra({name!r}, ...) was given {len(values)} values for {n} samples"
                 )
+
+
+def is_the_runs(metric: str) -> bool:
+    """Whether a run logs under that name itself."""
+    return metric.startswith(_METRICS) or metric in _LOGGED
 
 
 _METRICS = (
@@ -214,6 +219,9 @@ class Loop:
 
 def _awaited(work: Awaitable[Any] | Callable[[], Awaitable[Any]]) -> Coroutine[Any, Any, Any]:
     async def wait() -> Any:
-        return await (work() if callable(work) else work)
+        try:
+            return await (work() if callable(work) else work)
+        except SystemExit as error:  # it would end the loop's thread, and nobody would hear of it
+            raise RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__) from None
 
     return wait()

@@ -13,7 +13,7 @@ import urllib3
 from urllib3.util import Retry, Timeout, parse_url
 
 from fourscore.errors import FourscoreError, RewardError
-from fourscore.rewards.samples import Notes, Samples
+from fourscore.rewards.samples import Notes, Samples, is_the_runs
 
 _CONNECT_S = 5.0
 _BACKOFF_S = 0.5
@@ -127,6 +127,7 @@ def _taken_apart(answer: Any) -> tuple[Any, dict[str, list[float]]]:
     logs = extra.items() if isinstance(extra, dict) else ()
     lists = {str(name): values if isinstance(values, list) else [values] for name, values in logs}
     numbers = {k: v for k, v in lists.items() if v and all(isinstance(value, int | float) for value in v)}
+    numbers = {name: values for name, values in numbers.items() if not is_the_runs(name)}
     return next((answer[key] for key in ("rewards", "reward", "scores") if key in answer), None), numbers
 
 
@@ -144,6 +145,6 @@ def check_server(url: str, timeout: float) -> None:
         place = parse_url(url)
         port = place.port or (443 if place.scheme == "https" else 80)
         socket.create_connection(((place.host or "").strip("[]"), port), min(_CONNECT_S, timeout)).close()
-    except (OSError, urllib3.exceptions.HTTPError) as error:
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FourscoreError(f"--reward_url {url}: nobody answers there ({reason}); start the server first") from error

@@ -178,9 +178,9 @@ def _damage_named(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FourscoreError:
-        raise
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, FourscoreError) or (isinstance(error, RuntimeError) and type(error) is not RuntimeError):
+            raise  # no memory, or a process that is gone
         reason = " ".join(str(error).split())[:200]
         others = [other for other in resumable(folder.parent) if other.name != folder.name]
         way_out = f"try {others[-1]}" if others else "there is no other beside it"
@@ -288,7 +288,7 @@ def save_weights(model: Any, folder: Path, parallel: Parallel, *, resumable: boo
                     (folder / TRAINED).mkdir()
                     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                         shutil.copy2(adapter_folder(model, folder) / name, folder / TRAINED)
-                write_combined_adapter(model, folder)
+                write_combined_adapter(model, folder, state)
             elif not resumable:
                 logger.warning("%s holds two adapters: load %s first, and the other on top", folder, ", ".join(frozen))
     parallel.barrier()

@@ -36,7 +36,7 @@ _SECRETS = ("hub_token", "push_to_hub_token")
 # These belong to one start of a run, not to its settings.
 _OF_ONE_START = ("local_rank", "resume_from_checkpoint")
 
-_MODELS = ("sft_model_path", "reward_model_path", "value_model_path")
+_MODELS = ("sft_model_path", "reward_model_path", "model_revision")
 # Of the other groups, and of the other two dataclasses, what the numbers of a run depend on; length is free to grow.
 _SETTINGS = (
     "per_device_train_batch_size",
@@ -142,7 +142,9 @@ def check_settings(checkpoint: str | Path, *configs: Any) -> str | None:
     if not isinstance(began, dict):
         return None
     now = _settings(*configs)
-    names = [field.name for config in configs for field in dataclasses.fields(config) if _counts(field.name)]
+    # What is unset is not written; of a script's run no more than `PPOConfig` may be.
+    known = [f.name for config in configs for f in dataclasses.fields(config) if f.name in began or f.default is None]
+    names = [name for name in known if _counts(name)]
     changed = {name for name in names if not _same(began.get(name), now.get(name))}
     errors = [
         f"--{name} {now.get(name)}: the run in {run} began with {began.get(name)}, and would go on with another "
