@@ -76,7 +76,7 @@ def make_trainer(out: Path, world_size: int, sft: str, reward: str, kind: str) -
         disable_tqdm=True,
         **(OPTIONS if kind == "options" else {}),
     )
-    models = load_models(ModelConfig(use_peft=kind == "lora"), args)
+    models = load_models(ModelConfig(use_peft=kind in ("lora", "on an adapter")), args)
     return PPOTrainer(
         args=args,
         processing_class=models.tokenizer,
@@ -106,13 +106,15 @@ def check_sharing(trainer: PPOTrainer) -> None:
     assert not lines or not outside, f"{len(outside)} of {len(held - trained)} frozen tensors are copies"
 
 
-def main(out: Path, world_size: int, sft: str, reward: str, kind: str) -> None:
+def main(out: Path, world_size: int, sft: str, reward: str, adapter: str, kind: str) -> None:
+    sft = adapter if kind == "on an adapter" else sft
     rollout_module.generate = fixed_completions
     trainer = make_trainer(out, world_size, sft, reward, kind)
     assert trainer.parallel.world_size == world_size
     result = trainer.train().metrics
     trainer.save_model()
-    check_sharing(trainer)
+    if kind != "on an adapter":  # which is in memory, and not in a file
+        check_sharing(trainer)
     if kind == "options":
         assert trainer.state.kl_coef != trainer.args.kl_coef
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -19,10 +21,11 @@ WEIGHTS = {
     "trunk": (WHOLE, "score.safetensors"),
     "options": (WHOLE, WHOLE),
     "groups": (WHOLE, WHOLE),
+    "on an adapter": (ADAPTER, ADAPTER),
 }
 
 
-def launch(out: Path, checkpoints: tuple[Path, Path], kinds: list[str], *launcher: str) -> None:
+def launch(out: Path, checkpoints: list[Path], kinds: list[str], *launcher: str) -> None:
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
@@ -42,9 +45,21 @@ def tool(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """SFT and reward model, and an SFT model that is an adapter of the first, with a module that it saved whole."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama_policy), lora).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama_policy).save_pretrained(folder)
+    return [llama_policy, llama_reward, folder]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    launch(out, (llama_policy, llama_reward), list(WEIGHTS))
+    launch(out, checkpoints, list(WEIGHTS))
     return out
 
 
@@ -54,16 +69,16 @@ def alone(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempP
         ("torchrun --standalone --nproc_per_node 2", ["full", "lora", "frozen", "trunk", "options", "groups"]),
         (
             "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0",
-            ["full", "lora", "frozen", "options"],
+            ["full", "lora", "frozen", "options", "on an adapter"],
         ),
     ],
     ids=["ddp", "fsdp2"],
 )
 def test_two_processes_equal_one(
-    launcher: str, kinds: list[str], alone: Path, llama_policy: Path, llama_reward: Path, tmp_path: Path
+    launcher: str, kinds: list[str], alone: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     program, *options = launcher.split()
-    launch(tmp_path, (llama_policy, llama_reward), kinds, tool(program), *options)
+    launch(tmp_path, checkpoints, kinds, tool(program), *options)
     for training in kinds:
         files = list(zip((".", "value_model"), WEIGHTS[training], strict=True))
         files += [("policy_ema", WHOLE)] if training == "options" else []
