@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, TaskType, get_peft_model
-from tiny import CHAT_TEMPLATE, make_checkpoint, make_encoder, make_tokenizer
+from peft import AutoPeftModelForCausalLM
+from tiny import CHAT_TEMPLATE, make_adapter, make_checkpoint, make_encoder, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fourscore import cli
@@ -235,12 +235,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sft_adapter(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sft_adapter")
-    torch.manual_seed(5)
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False, task_type=TaskType.CAUSAL_LM)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(sft), lora).save_pretrained(path)
-    AutoTokenizer.from_pretrained(sft).save_pretrained(path)
-    return path
+    return make_adapter(sft, tmp_path_factory.mktemp("sft_adapter"), target_modules=["q_proj", "v_proj"], r=4)
 
 
 @pytest.fixture(scope="module")

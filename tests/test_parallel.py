@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import make_adapter
 
 HERE = Path(__file__).parent
 WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -48,11 +47,7 @@ def tool(name: str) -> str:
 def checkpoints(llama_policy: Path, llama_reward: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """SFT and reward model, and an SFT model that is an adapter of the first, with a module that it saved whole."""
     folder = tmp_path_factory.mktemp("adapter")
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=False
-    )
-    get_peft_model(AutoModelForCausalLM.from_pretrained(llama_policy), lora).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(llama_policy).save_pretrained(folder)
+    make_adapter(llama_policy, folder, target_modules=["q_proj"], modules_to_save=["norm"])
     return [llama_policy, llama_reward, folder]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import make_adapter
+from transformers import AutoModelForCausalLM
 
 from fourscore import FourscoreError
 from fourscore.parallel import Parallel
@@ -35,13 +35,6 @@ def run(out: Path, checkpoints: tuple[Path, Path], adapter: str, kill_before: in
     return done.returncode
 
 
-def adapter_of(base: Path, folder: Path) -> Path:
-    lora = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 def lines(folder: Path, name: str) -> list[dict]:
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "eps" and not k.startswith(("time/", "memory/"))} for r in rows]
@@ -59,7 +52,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 def test_killed_and_resumed(adapter: str, weights: str, llama_policy: Path, llama_reward: Path, tmp_path: Path) -> None:
     checkpoints = (llama_policy, llama_reward)
     if adapter == "on an adapter":
-        checkpoints = (adapter_of(llama_policy, tmp_path / "sft"), llama_reward)
+        checkpoints = (make_adapter(llama_policy, tmp_path / "sft", target_modules=["q_proj", "v_proj"]), llama_reward)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(whole, checkpoints, adapter) == 0
     assert run(broken, checkpoints, adapter, kill_before=5) == -signal.SIGKILL

@@ -257,7 +257,7 @@ def test_async_functions_run_at_the_same_time_in_one_loop() -> None:
         ([[1.0], 1.0, 1.0], "gave 1 token rewards for a completion of 2 tokens, for the sample 'the film"),
         ([1.0, 1.0, [0.0, math.inf, 0.0]], "gave inf for token 1, which is not finite, for the sample 'so"),
         ([1.0, 1e39, 1.0], "gave 1e+39, which is more than fp32 holds, for the sample 'a plot"),
-        (torch.tensor([1.0, 1.0, -1e39]).double() * 1e10, "gave -inf, which is not finite, for the sample 'so"),
+        (torch.tensor([1.0, 1.0, -1e39], dtype=torch.double), "gave -1e+39, which is more than fp32 holds"),
         (torch.ones(3, 2), "gave 2 token rewards for a completion of 1 tokens, for the sample 'a plot"),
     ],
 )

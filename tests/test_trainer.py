@@ -23,6 +23,7 @@ from fourscore import FourscoreError, ModelConfig, PPOConfig, PPOTrainer, demo, 
 from fourscore.models.checks import check_shipped_policy
 from fourscore.parallel import Parallel
 from fourscore.ppo.scoring import logprobs_of
+from fourscore.rewards.samples import is_the_runs
 
 PROMPTS = ["the movie", "a film is", "this", "good acting and", "it was a plot", "so"]
 
@@ -97,6 +98,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     for name in ("time/rollout_s", "time/scoring_s", "time/update_s", "time/total_s", "memory/peak_gib"):
         assert metrics[0][name] > 0
     assert "eval/scores" not in metrics[0]
+    assert all(is_the_runs(name) for row in metrics for name in row), "rewards could log under it"
     assert {"eval/scores", "eval/kl", "eval/completion_length", "eval/ended"} <= metrics[1].keys()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {row["split"] for row in samples} == {"train", "eval"}

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
@@ -130,6 +132,16 @@ def make_checkpoint(
         (path / "model.safetensors").unlink()
     tokenizer.save_pretrained(path)
     return path
+
+
+def make_adapter(base: Path, dir: Path, **lora: Any) -> Path:
+    """Writes a LoRA with random weights on the causal LM in `base`, and its tokenizer, to `dir`; returns the path."""
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, init_lora_weights=False, **lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(dir)
+    AutoTokenizer.from_pretrained(base).save_pretrained(dir)
+    return dir
 
 
 def make_encoder(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fourscore.errors import FourscoreError, RewardError
-from fourscore.rewards.samples import Notes, Samples
+from fourscore.rewards.samples import Notes, Samples, label
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every function is given, beside the columns of the dataset."""
@@ -83,7 +83,7 @@ class Function:
         try:
             return self._function(**arguments)
         except (Exception, SystemExit) as error:
-            raise failure(f"{self.kind} {self.name!r}", error) from error
+            raise failure(label(self), error) from error
 
 
 def failure(reward: str, error: BaseException) -> RewardError:

@@ -203,6 +203,11 @@ class Reward(Protocol):
         ...
 
 
+def label(reward: Reward) -> str:
+    """How messages call it."""
+    return f"{reward.kind} {reward.name!r}"
+
+
 class Loop:
     """An event loop in a thread of its own, which stays the same one: async clients are bound to theirs."""
 

@@ -14,7 +14,7 @@ from fourscore.errors import FourscoreError, RewardError
 from fourscore.parallel import Parallel
 from fourscore.ppo.experience import Experience, sum_per_sample
 from fourscore.rewards.function import Function, failure
-from fourscore.rewards.samples import Loop, Notes, Reward, Samples
+from fourscore.rewards.samples import Loop, Notes, Reward, Samples, label
 from fourscore.rewards.shaping import Moments, Shaping, shaped_scores
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Scorer:
         for i, future in pending.items():
             try:
                 given[i] = future.result()
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 first = first or failure(label(self.rewards[i]), error)
         if first is not None:
             raise first
@@ -221,11 +221,6 @@ class Scorer:
         each = torch.tensor(self._parallel.gather([rows]), dtype=torch.float64)
         summed: list[list[float]] = each.sum(0).tolist()
         return summed
-
-
-def label(reward: Reward) -> str:
-    """How messages call it."""
-    return f"{reward.kind} {reward.name!r}"
 
 
 def check_weights(count: int, weights: Sequence[float] | None) -> None:

@@ -13,7 +13,7 @@ import urllib3
 from urllib3.util import Retry, Timeout, parse_url
 
 from fourscore.errors import FourscoreError, RewardError
-from fourscore.rewards.samples import Notes, Samples, is_the_runs
+from fourscore.rewards.samples import Notes, Samples, is_the_runs, label
 
 _CONNECT_S = 5.0
 _BACKOFF_S = 0.5
@@ -95,7 +95,7 @@ class Server:
         return rewards, extra
 
     def _error(self, what: str) -> RewardError:
-        return RewardError(f"reward {self.name!r}: {self._url}: {what}")
+        return RewardError(f"{label(self)}: {self._url}: {what}")
 
 
 _COLUMN = "columns/"
@@ -126,8 +126,11 @@ def _taken_apart(answer: Any) -> tuple[Any, dict[str, list[float]]]:
     extra = answer.get("extra_logs")
     logs = extra.items() if isinstance(extra, dict) else ()
     lists = {str(name): values if isinstance(values, list) else [values] for name, values in logs}
-    numbers = {k: v for k, v in lists.items() if v and all(isinstance(value, int | float) for value in v)}
-    numbers = {name: values for name, values in numbers.items() if not is_the_runs(name)}
+    numbers = {
+        name: values
+        for name, values in lists.items()
+        if values and all(isinstance(value, int | float) for value in values) and not is_the_runs(name)
+    }
     return next((answer[key] for key in ("rewards", "reward", "scores") if key in answer), None), numbers
 
 
